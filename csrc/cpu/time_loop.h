@@ -1,0 +1,95 @@
+// What the fused time loop computes, as plain pointers and strides. The loop itself is in
+// time_loop.inc.h, compiled once per instruction set by time_loop_{avx512,avx2,default}.cpp.
+//
+//   forward   h[t,b,:] = act( bias + x[t,b,:] W_ih^T + h[t-1,b,:] W_hh^T )
+//   backward  z'[t,b,:] = (g[t,b,:] + z'[t+1,b,:] W_hh) * act'(h[t,b,:])
+//
+// with act' written in terms of the output: 1 - h^2 for tanh, [h > 0] for ReLU, so that the
+// output is all that a backward needs to keep. z' is the gradient of the pre-activation.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnfast::cpu {
+
+// A family of rows: row (t, b) starts at data + offset(t) + b * stride_b, its features adjacent.
+// Time-major, batch-first and packed layouts differ in these numbers alone.
+template <class T>
+struct Rows {
+  T* data = nullptr;     // nullptr: every row is zero
+  int64_t stride_t = 0;  // elements; unused where Walk::first_row says where a step starts
+  int64_t stride_b = 0;  // elements
+};
+
+// Which steps there are and in which order the forward visits them.
+struct Walk {
+  int64_t seq_len = 0;
+  int64_t batch = 0;                     // rows of the fullest step
+  const int64_t* batch_sizes = nullptr;  // [seq_len], never increasing; nullptr: all rows live
+  const int64_t* first_row = nullptr;    // [seq_len], packed only: rows that precede step t
+  bool reverse = false;                  // the forward goes from the last step to the first
+
+  int64_t live(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+
+  template <class T>
+  T* row(const Rows<T>& rows, int64_t t, int64_t b) const {
+    const int64_t offset = first_row ? first_row[t] * rows.stride_b : t * rows.stride_t;
+    return rows.data + offset + b * rows.stride_b;
+  }
+};
+
+template <class T>
+struct Forward {
+  Walk walk;
+  int64_t input_size = 0;  // 0: `out` already holds bias + x W_ih^T
+  int64_t hidden_size = 0;
+  bool relu = false;
+  Rows<const T> x;           // [T, B, I], read only where input_size > 0
+  Rows<const T> h0;          // [B, H]
+  const T* bias = nullptr;   // packed, K = 1
+  const T* w_ih = nullptr;   // packed W_ih^T, K = I
+  const T* w_hh = nullptr;   // packed W_hh^T, K = H
+  Rows<T> out;               // [T, B, H]
+};
+
+template <class T>
+struct Backward {
+  Walk walk;
+  int64_t hidden_size = 0;
+  bool relu = false;
+  Rows<const T> grad_out;   // [T, B, H]
+  Rows<const T> grad_h_n;   // [B, H]
+  Rows<const T> out;        // [T, B, H]
+  const T* w_hh = nullptr;  // packed W_hh, K = H
+  Rows<T> dz;               // [T, B, H], written
+};
+
+// The entry points of one instruction set. `forward` and `backward` run rows [b0, b1) through all
+// steps; ranges of rows are independent, so threads share nothing that is written.
+template <class T>
+struct TimeLoop {
+  int64_t (*packed_size)(int64_t k, int64_t n);  // elements
+  // packed(k, n) = w[k * stride_k + n * stride_n], k < K, n < N
+  void (*pack)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed);
+  void (*forward)(const Forward<T>&, int64_t b0, int64_t b1);
+  void (*backward)(const Backward<T>&, int64_t b0, int64_t b1);
+  void (*tanh)(const T* x, T* y, int64_t n);
+};
+
+// The set that runs here: PyTorch's own choice (torch.backends.cpu.get_cpu_capability(), which
+// ATEN_CPU_CAPABILITY overrides), so one binary serves every machine of an architecture.
+template <class T>
+const TimeLoop<T>& time_loop();
+
+#define RNNFAST_DECLARE_TIME_LOOP(isa)      \
+  namespace isa {                           \
+  extern const TimeLoop<float> f32;         \
+  extern const TimeLoop<double> f64;        \
+  }
+RNNFAST_DECLARE_TIME_LOOP(fallback)
+#if defined(__x86_64__)
+RNNFAST_DECLARE_TIME_LOOP(avx2)
+RNNFAST_DECLARE_TIME_LOOP(avx512)
+#endif
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,61 @@
+// The time loop for the baseline of the architecture (SSE2 on x86-64, NEON on aarch64), and the
+// choice between the sets.
+#include "time_loop.h"
+
+#include <ATen/Version.h>
+
+#include <cstring>
+#include <string>
+
+#define RNNFAST_ISA fallback
+#define RNNFAST_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define RNNFAST_VECTOR_REGISTERS 32
+#else
+#define RNNFAST_VECTOR_REGISTERS 16
+#endif
+#include "time_loop.inc.h"
+
+namespace rnnfast::cpu {
+
+namespace {
+
+enum class Isa { Fallback, Avx2, Avx512 };
+
+Isa chosen_isa() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  // The processor is asked too: the override names a set, it cannot create one.
+  if (capability == "AVX512" && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Isa::Avx512;
+  }
+  if (capability != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return Isa::Avx2;
+  }
+#endif
+  return Isa::Fallback;
+}
+
+const Isa isa = chosen_isa();
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define RNNFAST_CHOOSE(member) \
+  (isa == Isa::Avx512 ? avx512::member : isa == Isa::Avx2 ? avx2::member : fallback::member)
+#else
+#define RNNFAST_CHOOSE(member) fallback::member
+#endif
+
+template <>
+const TimeLoop<float>& time_loop<float>() {
+  return RNNFAST_CHOOSE(f32);
+}
+template <>
+const TimeLoop<double>& time_loop<double>() {
+  return RNNFAST_CHOOSE(f64);
+}
+
+}  // namespace rnnfast::cpu

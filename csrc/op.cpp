@@ -1,0 +1,268 @@
+// torch.ops.rnnfast.*: schemas, argument checks, autograd and autocast of the ops. Kernels register
+// themselves per device (cpu/rnn_layer_cpu.cpp); the fake kernels and the derivative of the
+// backward are in rnnfast/ops.py.
+//
+// The autograd node of the forward is written against torch::autograd::Node, not
+// torch::autograd::Function: functorch refuses the latter, and this one costs less per call.
+#include <Python.h>
+
+#include "op.h"
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+namespace rnnfast {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ------------------------------------------------------------------------------------- checks
+
+namespace {
+
+void check_operand(const char* name, const Tensor& x, at::IntArrayRef expected,
+                   const Tensor& input) {
+  TORCH_CHECK(x.sizes() == expected, "rnnfast: expected ", name, " of size ", expected, ", got ",
+              x.sizes());
+  TORCH_CHECK(x.scalar_type() == input.scalar_type(), "rnnfast: expected ", name, " of dtype ",
+              input.scalar_type(), " like the input, got ", x.scalar_type());
+  TORCH_CHECK(x.device() == input.device(), "rnnfast: expected ", name, " on ", input.device(),
+              " like the input, got ", x.device());
+}
+
+int64_t batch_of(const Tensor& input, const OptionalTensor& batch_sizes) {
+  return batch_sizes ? batch_sizes->const_data_ptr<int64_t>()[0] : input.size(1);
+}
+
+}  // namespace
+
+void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                 const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                 const OptionalTensor& batch_sizes, c10::string_view nonlinearity) {
+  TORCH_CHECK(nonlinearity == "tanh" || nonlinearity == "relu",
+              "rnnfast: unknown nonlinearity '", nonlinearity, "', expected 'tanh' or 'relu'");
+  const int64_t rank = batch_sizes ? 2 : 3;
+  TORCH_CHECK(input.dim() == rank, "rnnfast: expected input of ", rank, " dimensions, got ",
+              input.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "rnnfast: expected w_ih and w_hh of 2 dimensions, got ",
+              w_ih.sizes(), " and ", w_hh.sizes());
+  const int64_t I = input.size(-1), H = w_hh.size(0);
+  TORCH_CHECK(I > 0 && H > 0, "rnnfast: input_size and hidden_size must be greater than zero, got ",
+              I, " and ", H);
+  if (batch_sizes) {
+    const Tensor& sizes = *batch_sizes;
+    TORCH_CHECK(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1 &&
+                    sizes.is_contiguous(),
+                "rnnfast: expected batch_sizes to be a contiguous 1-D int64 tensor on the CPU, got ",
+                sizes.sizes(), " of ", sizes.scalar_type(), " on ", sizes.device());
+    TORCH_CHECK(sizes.numel() > 0, "rnnfast: expected sequence length to be larger than 0");
+    const int64_t* n = sizes.const_data_ptr<int64_t>();
+    int64_t rows = 0;
+    for (int64_t t = 0; t < sizes.numel(); ++t) {
+      TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
+                  "rnnfast: expected batch_sizes to be positive and never increasing, got ", n[t],
+                  " at step ", t);
+      rows += n[t];
+    }
+    TORCH_CHECK(rows == input.size(0), "rnnfast: expected packed input of ", rows,
+                " rows, the sum of batch_sizes, got ", input.size(0));
+  } else {
+    TORCH_CHECK(input.size(0) > 0, "rnnfast: expected sequence length to be larger than 0");
+  }
+  check_operand("w_ih", w_ih, {H, I}, input);
+  check_operand("w_hh", w_hh, {H, H}, input);
+  if (b_ih) check_operand("b_ih", *b_ih, {H}, input);
+  if (b_hh) check_operand("b_hh", *b_hh, {H}, input);
+  if (hx) check_operand("hx", *hx, {batch_of(input, batch_sizes), H}, input);
+}
+
+void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                       const Tensor& input, const Tensor& w_hh, const Tensor& out,
+                       const OptionalTensor& batch_sizes) {
+  at::DimVector out_size(input.sizes());
+  out_size.back() = w_hh.size(0);
+  check_operand("out", out, out_size, input);
+  if (grad_out) check_operand("grad_out", *grad_out, out_size, input);
+  if (grad_h_n) {
+    check_operand("grad_h_n", *grad_h_n, {batch_of(input, batch_sizes), w_hh.size(0)}, input);
+  }
+}
+
+namespace {
+
+// ----------------------------------------------------------------------------------- the ops
+
+using Outputs = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs call_rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                       const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                       const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+                       bool reverse) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::rnn_layer", "")
+                       .typed<decltype(call_rnn_layer)>();
+  return op.call(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse);
+}
+
+Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                                  const Tensor& input, const OptionalTensor& hx,
+                                  const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+                                  const OptionalTensor& batch_sizes,
+                                  c10::string_view nonlinearity, bool reverse,
+                                  std::array<bool, 5> output_mask) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::rnn_layer_backward", "")
+                       .typed<decltype(call_rnn_layer_backward)>();
+  return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
+                 reverse, output_mask);
+}
+
+// ---------------------------------------------------------------------------------- autograd
+
+OptionalTensor if_defined(Tensor x) {
+  return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
+}
+
+using torch::autograd::SavedVariable;
+
+struct RnnLayerBackward : torch::autograd::Node {
+  SavedVariable input, hx, w_ih, w_hh, out, batch_sizes;
+  std::string nonlinearity;
+  bool reverse = false;
+
+  std::string name() const override { return "RnnfastLayerBackward"; }
+
+  void release_variables() override {
+    for (auto* saved : {&input, &hx, &w_ih, &w_hh, &out, &batch_sizes}) saved->reset_data();
+  }
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+    const bool need_b_ih = task_should_compute_output(4), need_b_hh = task_should_compute_output(5);
+    const std::array<bool, 5> mask = {
+        task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
+        task_should_compute_output(3), need_b_ih || need_b_hh};
+    if (!grads[0].defined() && !grads[1].defined()) return torch::autograd::variable_list(6);
+    const auto call = [&] {
+      return call_rnn_layer_backward(
+          if_defined(grads[0]), if_defined(grads[1]), input.unpack(), if_defined(hx.unpack()),
+          w_ih.unpack(), w_hh.unpack(), out.unpack(getptr()), if_defined(batch_sizes.unpack()),
+          nonlinearity, reverse, mask);
+    };
+    Gradients d;
+    if (at::GradMode::is_enabled()) {
+      d = call();  // recorded: this backward may itself be differentiated
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      d = call();
+    }
+    auto& [d_x, d_h, d_w_ih, d_w_hh, d_b] = d;
+    return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(), need_b_hh ? d_b : Tensor()};
+  }
+};
+
+// Nodes became intrusively counted after torch 2.11. deleteNode (which frees long graphs without
+// recursion) is found by argument, as only the older versions declare it.
+template <class N, class Base = torch::autograd::Node>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Base>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), [](Base* node) { deleteNode(node); });
+  }
+}
+
+bool has_tangent(const OptionalTensor& x) {
+  return x && x->defined() && x->_fw_grad(/*level=*/0).defined();
+}
+
+Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                           const Tensor& w_hh, const OptionalTensor& b_ih,
+                           const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
+                           c10::string_view nonlinearity, bool reverse) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(input) || has_tangent(hx) || has_tangent(w_ih) || has_tangent(w_hh) ||
+        has_tangent(b_ih) || has_tangent(b_hh)),
+      "rnnfast::rnn_layer has no forward-mode derivative; rnnfast.functional and the modules take "
+      "the reference backend in forward mode");
+  const auto below = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_rnn_layer(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse);
+  };
+  if (!torch::autograd::compute_requires_grad(input, hx, w_ih, w_hh, b_ih, b_hh)) return below();
+
+  auto node = make_node<RnnLayerBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, hx, w_ih, w_hh, b_ih, b_hh));
+  node->input = SavedVariable(input, false);
+  node->hx = SavedVariable(hx.value_or(Tensor()), false);
+  node->w_ih = SavedVariable(w_ih, false);
+  node->w_hh = SavedVariable(w_hh, false);
+  node->batch_sizes = SavedVariable(batch_sizes.value_or(Tensor()), false);
+  node->nonlinearity = std::string(nonlinearity);
+  node->reverse = reverse;
+  auto [out, h_n] = below();
+  torch::autograd::set_history({out, h_n}, node);
+  node->out = SavedVariable(out, /*is_output=*/true);
+  return {out, h_n};
+}
+
+// ---------------------------------------------------------------------------------- autocast
+
+// Like the products inside nn.RNN: everything in the autocast dtype (float64 stays as it is).
+template <c10::DispatchKey key, c10::DeviceType device>
+Outputs rnn_layer_autocast(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                           const Tensor& w_hh, const OptionalTensor& b_ih,
+                           const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
+                           c10::string_view nonlinearity, bool reverse) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(key)};
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& x) { return at::autocast::cached_cast(dtype, x, device); };
+  return call_rnn_layer(cast(input), cast(hx), cast(w_ih), cast(w_hh), cast(b_ih), cast(b_hh),
+                        batch_sizes, nonlinearity, reverse);
+}
+
+}  // namespace
+}  // namespace rnnfast
+
+TORCH_LIBRARY(rnnfast, m) {
+  // One layer, one direction. input [T, B, I] with any strides, or packed [rows, I] with
+  // batch_sizes int64 [T]; hx [B, H], absent: zeros; w_ih [H, I]; w_hh [H, H]; b_ih, b_hh [H].
+  // Returns out [T, B, H] (packed: [rows, H]) and h_n [B, H], each sequence's last state.
+  m.def(
+      "rnn_layer(Tensor input, Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? batch_sizes, str nonlinearity, bool reverse) -> (Tensor out, Tensor h_n)",
+      {at::Tag::pt2_compliant_tag});
+  // Gradients of (input, hx, w_ih, w_hh, bias); one whose output_mask is false is undefined.
+  m.def(
+      "rnn_layer_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor input, Tensor? hx, "
+      "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse, "
+      "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("_tanh(Tensor x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
+  m.impl("rnn_layer", &rnnfast::rnn_layer_autograd);
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) {
+  m.impl("rnn_layer",
+         &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+// An empty Python module: importing it runs the registrations above.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

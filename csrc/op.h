@@ -1,0 +1,23 @@
+// What every backend of torch.ops.rnnfast.* shares: the checks of the ops' arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
+
+#include <optional>
+
+namespace rnnfast {
+
+// Raises RuntimeError unless the tensors form one layer: sizes, dtypes, devices, batch_sizes.
+void check_layer(const at::Tensor& input, const std::optional<at::Tensor>& hx,
+                 const at::Tensor& w_ih, const at::Tensor& w_hh,
+                 const std::optional<at::Tensor>& b_ih, const std::optional<at::Tensor>& b_hh,
+                 const std::optional<at::Tensor>& batch_sizes, c10::string_view nonlinearity);
+
+// The same for what a backward takes besides.
+void check_layer_grads(const std::optional<at::Tensor>& grad_out,
+                       const std::optional<at::Tensor>& grad_h_n, const at::Tensor& input,
+                       const at::Tensor& w_hh, const at::Tensor& out,
+                       const std::optional<at::Tensor>& batch_sizes);
+
+}  // namespace rnnfast
