@@ -1,9 +1,9 @@
 // torch.ops.rnnfast.*: schemas, argument checks, autograd and autocast of the ops. Kernels register
-// themselves per device (cpu/rnn_layer_cpu.cpp); the fake kernels and the derivative of the
-// backward are in rnnfast/ops.py.
+// themselves per device (cpu/rnn_layer_cpu.cpp); rnnfast/ops.py adds the fake kernels and the
+// reference's backward, which is what a double backward differentiates.
 //
-// The autograd node of the forward is written against torch::autograd::Node, not
-// torch::autograd::Function: functorch refuses the latter, and this one costs less per call.
+// The autograd nodes are written against torch::autograd::Node, not torch::autograd::Function:
+// functorch refuses the latter, and these cost less per call.
 #include <Python.h>
 
 #include "op.h"
@@ -11,6 +11,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -65,7 +66,7 @@ void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_
                     sizes.is_contiguous(),
                 "rnnfast: expected batch_sizes to be a contiguous 1-D int64 tensor on the CPU, got ",
                 sizes.sizes(), " of ", sizes.scalar_type(), " on ", sizes.device());
-    TORCH_CHECK(sizes.numel() > 0, "rnnfast: expected sequence length to be larger than 0");
+    TORCH_CHECK(sizes.numel() > 0, "Expected sequence length to be larger than 0 in RNN");
     const int64_t* n = sizes.const_data_ptr<int64_t>();
     int64_t rows = 0;
     for (int64_t t = 0; t < sizes.numel(); ++t) {
@@ -77,7 +78,7 @@ void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_
     TORCH_CHECK(rows == input.size(0), "rnnfast: expected packed input of ", rows,
                 " rows, the sum of batch_sizes, got ", input.size(0));
   } else {
-    TORCH_CHECK(input.size(0) > 0, "rnnfast: expected sequence length to be larger than 0");
+    TORCH_CHECK(input.size(0) > 0, "Expected sequence length to be larger than 0 in RNN");
   }
   check_operand("w_ih", w_ih, {H, I}, input);
   check_operand("w_hh", w_hh, {H, H}, input);
@@ -128,46 +129,104 @@ Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const Optional
                  reverse, output_mask);
 }
 
+// The reference's backward, in differentiable operations (registered by rnnfast/ops.py).
+Gradients call_reference_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                                  const Tensor& input, const OptionalTensor& hx,
+                                  const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+                                  const OptionalTensor& batch_sizes,
+                                  c10::string_view nonlinearity, bool reverse) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::_rnn_layer_backward_reference", "")
+                       .typed<decltype(call_reference_backward)>();
+  return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
+                 reverse);
+}
+
 // ---------------------------------------------------------------------------------- autograd
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
 
 OptionalTensor if_defined(Tensor x) {
   return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
 }
-
-using torch::autograd::SavedVariable;
 
 struct RnnLayerBackward : torch::autograd::Node {
   SavedVariable input, hx, w_ih, w_hh, out, batch_sizes;
   std::string nonlinearity;
   bool reverse = false;
 
-  std::string name() const override { return "RnnfastLayerBackward"; }
+  std::string name() const override { return "RnnLayerBackward"; }
 
   void release_variables() override {
     for (auto* saved : {&input, &hx, &w_ih, &w_hh, &out, &batch_sizes}) saved->reset_data();
   }
 
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+  variable_list apply(variable_list&& grads) override {
     const bool need_b_ih = task_should_compute_output(4), need_b_hh = task_should_compute_output(5);
     const std::array<bool, 5> mask = {
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
         task_should_compute_output(3), need_b_ih || need_b_hh};
-    if (!grads[0].defined() && !grads[1].defined()) return torch::autograd::variable_list(6);
-    const auto call = [&] {
-      return call_rnn_layer_backward(
-          if_defined(grads[0]), if_defined(grads[1]), input.unpack(), if_defined(hx.unpack()),
-          w_ih.unpack(), w_hh.unpack(), out.unpack(getptr()), if_defined(batch_sizes.unpack()),
-          nonlinearity, reverse, mask);
-    };
-    Gradients d;
-    if (at::GradMode::is_enabled()) {
-      d = call();  // recorded: this backward may itself be differentiated
-    } else {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      d = call();
-    }
-    auto& [d_x, d_h, d_w_ih, d_w_hh, d_b] = d;
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(6);
+    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = call_rnn_layer_backward(
+        if_defined(grads[0]), if_defined(grads[1]), input.unpack(), if_defined(hx.unpack()),
+        w_ih.unpack(), w_hh.unpack(), out.unpack(getptr()), if_defined(batch_sizes.unpack()),
+        nonlinearity, reverse, mask);
     return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(), need_b_hh ? d_b : Tensor()};
+  }
+};
+
+// The backward's own derivative: recomputes the reference's backward and differentiates that.
+struct RnnLayerDoubleBackward : torch::autograd::Node {
+  // grad_out, grad_h_n, input, hx, w_ih, w_hh, out: the inputs of this node's function, in order
+  std::array<SavedVariable, 7> saved;
+  SavedVariable batch_sizes;
+  std::string nonlinearity;
+  bool reverse = false;
+
+  std::string name() const override { return "RnnLayerDoubleBackward"; }
+
+  void release_variables() override {
+    for (auto& variable : saved) variable.reset_data();
+    batch_sizes.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const bool create_graph = at::GradMode::is_enabled();
+    at::AutoGradMode record(true);
+    // Views, so that `out` is a variable of its own here and not a function of the others; their
+    // history keeps what is returned differentiable in turn.
+    std::array<Tensor, 7> x;
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = saved[i].unpack();
+      if (x[i].defined()) x[i] = x[i].view_as(x[i]);
+    }
+    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = call_reference_backward(
+        if_defined(x[0]), if_defined(x[1]), x[2], if_defined(x[3]), x[4], x[5], x[6],
+        if_defined(batch_sizes.unpack()), nonlinearity, reverse);
+
+    variable_list outputs, output_grads, inputs;
+    const std::array<Tensor, 5> d = {d_x, d_h, d_w_ih, d_w_hh, d_b};
+    for (size_t i = 0; i < d.size(); ++i) {
+      if (d[i].defined() && d[i].requires_grad() && grads[i].defined()) {
+        outputs.push_back(d[i]);
+        output_grads.push_back(grads[i]);
+      }
+    }
+    std::vector<size_t> wanted;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (x[i].defined() && task_should_compute_output(i)) {
+        inputs.push_back(x[i]);
+        wanted.push_back(i);
+      }
+    }
+    variable_list result(x.size());
+    if (outputs.empty() || inputs.empty()) return result;
+    const variable_list found = torch::autograd::grad(
+        outputs, inputs, output_grads, /*retain_graph=*/std::nullopt, create_graph,
+        /*allow_unused=*/true);
+    for (size_t i = 0; i < wanted.size(); ++i) result[wanted[i]] = found[i];
+    return result;
   }
 };
 
@@ -216,6 +275,38 @@ Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const 
   return {out, h_n};
 }
 
+Gradients rnn_layer_backward_autograd(const OptionalTensor& grad_out,
+                                      const OptionalTensor& grad_h_n, const Tensor& input,
+                                      const OptionalTensor& hx, const Tensor& w_ih,
+                                      const Tensor& w_hh, const Tensor& out,
+                                      const OptionalTensor& batch_sizes,
+                                      c10::string_view nonlinearity, bool reverse,
+                                      std::array<bool, 5> output_mask) {
+  Gradients d;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    d = call_rnn_layer_backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes,
+                                nonlinearity, reverse, output_mask);
+  }
+  if (!torch::autograd::compute_requires_grad(grad_out, grad_h_n, input, hx, w_ih, w_hh, out)) {
+    return d;
+  }
+  auto node = make_node<RnnLayerDoubleBackward>();
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(grad_out, grad_h_n, input, hx, w_ih, w_hh, out));
+  const Tensor none;
+  const std::array<Tensor, 7> inputs = {grad_out.value_or(none), grad_h_n.value_or(none), input,
+                                        hx.value_or(none),       w_ih,                    w_hh,
+                                        out};
+  for (size_t i = 0; i < inputs.size(); ++i) node->saved[i] = SavedVariable(inputs[i], false);
+  node->batch_sizes = SavedVariable(batch_sizes.value_or(none), false);
+  node->nonlinearity = std::string(nonlinearity);
+  node->reverse = reverse;
+  auto& [d_x, d_h, d_w_ih, d_w_hh, d_b] = d;
+  torch::autograd::set_history({d_x, d_h, d_w_ih, d_w_hh, d_b}, node);
+  return d;
+}
+
 // ---------------------------------------------------------------------------------- autocast
 
 // Like the products inside nn.RNN: everything in the autocast dtype (float64 stays as it is).
@@ -248,11 +339,16 @@ TORCH_LIBRARY(rnnfast, m) {
       "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_rnn_layer_backward_reference(Tensor? grad_out, Tensor? grad_h_n, Tensor input, Tensor? hx, "
+      "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_tanh(Tensor x) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
   m.impl("rnn_layer", &rnnfast::rnn_layer_autograd);
+  m.impl("rnn_layer_backward", &rnnfast::rnn_layer_backward_autograd);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) {

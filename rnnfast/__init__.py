@@ -1,0 +1,19 @@
+"""rnnfast: a drop-in ``torch.nn.RNN`` whose whole time loop is one fused kernel."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import backends, functional
+from .backends import FallbackWarning, backend
+from .modules import RNN, RNNCell
+
+if backends.extension_error is None:
+    from . import ops
+
+    ops.register()
+
+try:
+    __version__ = version("rnnfast")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["RNN", "FallbackWarning", "RNNCell", "backend", "functional"]

@@ -27,13 +27,13 @@ template <>
 struct Vector<float> {
   static constexpr int lanes = RNNFAST_VECTOR_BYTES / 4;
   typedef float V __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-  typedef int32_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 };
 template <>
 struct Vector<double> {
   static constexpr int lanes = RNNFAST_VECTOR_BYTES / 8;
   typedef double V __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-  typedef int64_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 };
 template <class T>
 using V = typename Vector<T>::V;
@@ -169,10 +169,11 @@ RNNFAST_INLINE V<T> tanh(V<T> x) {
   constexpr T log2e = T(1.44269504088896340736);
   const Bits sign_bit = (Bits)(-V<T>{});
   const Bits sign = (Bits)x & sign_bit;
-  const V<T> z = x * x;
-  const V<T> small = x + x * (z * polynomial(C::odd, z));
-
   const V<T> magnitude = (V<T>)((Bits)x & ~sign_bit);
+
+  const V<T> z = x * x;
+  const V<T> small = magnitude + magnitude * (z * polynomial(C::odd, z));
+
   // Ordered so that a NaN is kept.
   const V<T> clamped = magnitude > C::saturated ? V<T>{} + C::saturated : magnitude;
   const V<T> y = clamped + clamped;
@@ -183,7 +184,7 @@ RNNFAST_INLINE V<T> tanh(V<T> x) {
   // The integer sits in the low mantissa bits of `shifted`; move it to the exponent of p.
   const V<T> e = (V<T>)((Bits)p + ((Bits)shifted << C::mantissa_bits));
   const V<T> large = T(1) - T(2) / (e + T(1));
-  return magnitude < T(0.5625) ? small : (V<T>)((Bits)large | sign);
+  return (V<T>)((Bits)(magnitude < T(0.5625) ? small : large) | sign);
 }
 
 // ------------------------------------------------------------------------------ register blocks

@@ -1,0 +1,186 @@
+"""RNNs on raw weights: layers, directions, dropout and layouts, as calls of one op per layer and
+direction. :mod:`rnnfast.modules` holds the parameters; :mod:`rnnfast.backends` picks the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import _VF, Tensor
+
+from . import backends, reference
+
+__all__ = ["rnn", "rnn_cell"]
+
+_Layer = Callable[..., tuple[Tensor, Tensor]]
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run a multi-layer Elman RNN; the arithmetic of ``torch.nn.RNN``.
+
+    Args:
+        input: ``[T, B, I]``; ``[B, T, I]`` if ``batch_first``; packed ``[rows, I]`` with
+            ``batch_sizes`` (the ``data`` of a PackedSequence).
+        hx: initial states ``[num_layers * D, B, H]``, ``D`` directions; None is zeros. For packed
+            input, in the order of the packed batch.
+        weights: for each layer and direction ``w_ih, w_hh`` and, if ``bias``, ``b_ih, b_hh``, in
+            the order of ``nn.RNN.all_weights``, flattened.
+        batch_sizes: int64 ``[T]`` on the CPU, or None.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether ``weights`` holds biases.
+        num_layers: number of stacked layers.
+        dropout: probability of zeroing each output of every layer but the last, when ``training``.
+        training: whether dropout is applied.
+        bidirectional: whether every layer has a second direction, from the last step to the first.
+        batch_first: layout of ``input`` and of the output; ignored for packed input.
+
+    Returns:
+        The last layer's states, ``[T, B, D * H]`` (or batch-first, or packed), and ``h_n`` of
+        ``[num_layers * D, B, H]``.
+
+    Raises:
+        RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
+    """
+    directions = 2 if bidirectional else 1
+    per_layer = 4 if bias else 2
+    if len(weights) != per_layer * directions * num_layers:
+        raise RuntimeError(
+            f"rnnfast: expected {per_layer * directions * num_layers} weights for "
+            f"num_layers={num_layers}, bidirectional={bidirectional}, bias={bias}, "
+            f"got {len(weights)}"
+        )
+    if hx is not None and (hx.dim() != 3 or hx.size(0) != num_layers * directions):
+        raise RuntimeError(
+            f"rnnfast: expected hx of 3 dimensions, the first {num_layers * directions}, "
+            f"got {list(hx.shape)}"
+        )
+
+    backend = backends.select(input)
+    if backend == "torch":
+        return _torch_rnn(
+            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+            bidirectional, batch_first,
+        )  # fmt: skip
+    layer_of: _Layer = (
+        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+    )
+
+    time_major = batch_sizes is not None or not batch_first
+    x = input if time_major else input.transpose(0, 1)
+    states: Sequence[Tensor | None]
+    if hx is None:
+        states = (None,) * (num_layers * directions)
+    elif hx.size(0) == 1:
+        states = (hx.squeeze(0),)
+    else:
+        states = hx.unbind(0)
+    final = []
+    for layer in range(num_layers):
+        outs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            w_ih, w_hh, *biases = weights[i * per_layer : (i + 1) * per_layer]
+            b_ih, b_hh = biases if bias else (None, None)
+            out, h_n = layer_of(
+                x, states[i], w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, direction == 1
+            )
+            outs.append(out)
+            final.append(h_n)
+        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+        if dropout and training and layer < num_layers - 1:
+            x = torch.dropout(x, dropout, True)
+    h_n = final[0].unsqueeze(0) if len(final) == 1 else torch.stack(final)
+    return (x if time_major else x.transpose(0, 1)), h_n
+
+
+def _torch_rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own implementation of the same call."""
+    run = _VF.rnn_tanh if nonlinearity == "tanh" else _VF.rnn_relu
+    if hx is None:
+        batch = (
+            int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if batch_first else 1)
+        )
+        hx = input.new_zeros((num_layers * (1 + bidirectional), batch, weights[1].size(1)))
+    config = (list(weights), bias, num_layers, dropout, training, bidirectional)
+    out, h_n = (
+        run(input, hx, *config, batch_first)
+        if batch_sizes is None
+        else run(input, batch_sizes, hx, *config)
+    )
+    return out, h_n
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """Run one step, ``act(x W_ih^T + b_ih + h W_hh^T + b_hh)``; the arithmetic of ``nn.RNNCell``.
+
+    Args:
+        input: ``[B, I]``.
+        hx: ``[B, H]``; None is zeros.
+        w_ih: ``[H, I]``.
+        w_hh: ``[H, H]``.
+        b_ih: ``[H]`` or None.
+        b_hh: ``[H]`` or None.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+
+    Returns:
+        The new state, ``[B, H]``.
+
+    Raises:
+        RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
+    """
+    if input.size(1) != w_ih.size(1):
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}"
+        )
+    if hx is not None and hx.size(0) != input.size(0):
+        raise RuntimeError(
+            f"Input batch size {input.size(0)} doesn't match hidden batch size {hx.size(0)}"
+        )
+    if hx is not None and hx.size(1) != w_hh.size(1):
+        raise RuntimeError(
+            f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
+        )
+    backend = backends.select(input)
+    if backend == "torch":
+        run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
+        h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
+        result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
+        return result
+    layer_of: _Layer = (
+        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+    )
+    return layer_of(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity, False)[1]

@@ -1,0 +1,185 @@
+"""``RNN`` and ``RNNCell``: PyTorch's modules with the forward replaced.
+
+Parameters, initialisation, checks, messages and pickles are inherited. ``RNN`` derives from
+``nn.RNNBase``, not from ``nn.RNN``: Dynamo refuses every instance of the latter, so it could not be
+compiled with ``fullgraph=True``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+__all__ = ["RNN", "RNNCell"]
+
+_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+
+
+class RNN(nn.RNNBase):
+    r"""A drop-in ``torch.nn.RNN``: same constructor, parameters, inputs, outputs and errors.
+
+    .. math:: h_t = \tanh(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh})
+
+    or the same with ReLU, as on the page of `torch.nn.RNN
+    <https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html>`_.
+
+    Args:
+        input_size: features of the input, ``I``.
+        hidden_size: features of the state, ``H``.
+        num_layers: stacked layers. Default: 1.
+        nonlinearity: ``"tanh"`` (default) or ``"relu"``.
+        bias: whether the layers have ``b_ih`` and ``b_hh``. Default: True.
+        batch_first: input and output are ``[B, T, *]`` instead of ``[T, B, *]``. Default: False.
+        dropout: probability of dropout on the outputs of every layer but the last, in training.
+        bidirectional: whether every layer has a reverse direction too. Default: False.
+        device: of the parameters.
+        dtype: of the parameters: any floating dtype; bfloat16 and float16 compute in float32.
+
+    Inputs:
+        ``input`` of ``[T, B, I]``, ``[B, T, I]``, unbatched ``[T, I]``, or a PackedSequence;
+        ``hx`` of ``[D * num_layers, B, H]`` (unbatched ``[D * num_layers, H]``), zeros if absent.
+
+    Outputs:
+        ``output`` of ``[T, B, D * H]`` in the layout of the input, and ``h_n`` like ``hx``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where ``nn.RNN`` raises them.
+
+    Example:
+        >>> rnn = rnnfast.RNN(10, 20, 2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    """
+
+    nonlinearity: str
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in _MODES:
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(_MODES[nonlinearity], *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run the RNN; shapes and errors are those of the class."""
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            output, h_n = self._run(data, hx, batch_sizes)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(h_n, unsorted_indices)
+
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
+            )
+        if input.dim() == 3:
+            if hx is not None and hx.dim() != 3:
+                raise RuntimeError(
+                    f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+                )
+            return self._run(input, hx, None)
+
+        if hx is not None:
+            if hx.dim() != 2:
+                raise RuntimeError(
+                    f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
+                )
+            hx = hx.unsqueeze(1)
+        batch_dim = 0 if self.batch_first else 1
+        output, h_n = self._run(input.unsqueeze(batch_dim), hx, None)
+        return output.squeeze(batch_dim), h_n.squeeze(1)
+
+    def _run(
+        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if hx is None:
+            self.check_input(input, batch_sizes)
+        else:
+            self.check_forward_args(input, hx, batch_sizes)
+        return functional.rnn(
+            input,
+            hx,
+            self._flat_weights,  # type: ignore[arg-type]
+            batch_sizes=batch_sizes,
+            nonlinearity="relu" if self.mode == "RNN_RELU" else "tanh",
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+        )
+
+
+class RNNCell(nn.RNNCell):
+    r"""A drop-in ``torch.nn.RNNCell``: one step, ``h' = act(x W_ih^T + b_ih + h W_hh^T + b_hh)``.
+
+    Constructor, parameters and errors are those of `torch.nn.RNNCell
+    <https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html>`_.
+
+    Inputs:
+        ``input`` of ``[B, I]`` or ``[I]``; ``hx`` of ``[B, H]`` or ``[H]``, zeros if absent.
+
+    Outputs:
+        The new state, ``[B, H]`` or ``[H]``.
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Run one step; shapes and errors are those of the class."""
+        if input.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        if self.nonlinearity not in _MODES:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            hx = None if hx is None else hx.unsqueeze(0)
+        h = functional.rnn_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            self.nonlinearity,
+        )  # fmt: skip
+        return h if batched else h.squeeze(0)
