@@ -29,7 +29,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "FallbackWarning", "backend", "build_record", "extension_error", "select"]
+__all__ = [
+    "BACKENDS",
+    "FallbackWarning",
+    "backend",
+    "build_record",
+    "chosen",
+    "extension_error",
+    "forced",
+    "select",
+]
 
 _HOW_TO_BUILD = (
     "To build it: pip install --no-build-isolation --force-reinstall --no-deps <rnnfast source>, "
@@ -110,19 +119,15 @@ def _why_not_cpu(input: Tensor) -> str | None:
     return None
 
 
-def _why_not_torch(input: Tensor) -> str | None:
-    return None
-
-
-def _why_not_reference(input: Tensor) -> str | None:
+def _always(input: Tensor) -> str | None:
     return None
 
 
 #: name -> predicate: None where the backend can run a call with this input, else why not.
 BACKENDS: dict[str, Callable[[Tensor], str | None]] = {
     "cpu": _why_not_cpu,
-    "torch": _why_not_torch,
-    "reference": _why_not_reference,
+    "torch": _always,
+    "reference": _always,
 }
 
 
@@ -156,6 +161,18 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The name of the backend that is forced, or None."""
+    return _forced
+
+
+def chosen(input: Tensor) -> str:
+    """The table's choice for this input where nothing is forced."""
+    if _why_not_cpu(input) is None:
+        return "cpu"
+    return "reference" if input.device.type in ("cpu", "meta") or _forward_mode() else "torch"
+
+
 def select(input: Tensor) -> str:
     """Return the name of the backend that runs a call with this input.
 
@@ -167,10 +184,7 @@ def select(input: Tensor) -> str:
         if why is not None:
             raise RuntimeError(f"rnnfast: the forced backend '{_forced}' cannot run: {why}")
         return _forced
-    if _why_not_cpu(input) is None:
-        return "cpu"
-    if input.device.type in ("cpu", "meta") or _forward_mode():
-        if extension_error is not None:
-            _warn_fallback()
-        return "reference"
-    return "torch"
+    name = chosen(input)
+    if name == "reference" and extension_error is not None:
+        _warn_fallback()
+    return name

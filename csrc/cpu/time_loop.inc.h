@@ -203,9 +203,48 @@ template <class T, int M, int N>
 struct Block {
   V<T> acc[M][N];
 
-  // acc[m][n] += sum_k a[m * lda + k] * w[k][n], w a panel of K * N vectors. Blocks too small to
-  // cover the latency of a multiply-add keep several partial sums over k.
+  RNNFAST_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) acc[m][n] = V<T>{};
+  }
+
+  // acc[m] += rows of a tensor, `last` lanes of the last vector.
+  RNNFAST_INLINE void add(const T* row, int64_t stride, int last) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) acc[m][n] += load_nth<T, N>(row + m * stride, n, last);
+  }
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+  // acc[m][n] += sum_k a[m * lda + k] * w[k][n], w a panel of K * N vectors. Long sums are cut into
+  // chains that each start from zero, since every addition rounds at the size of the sum so far.
   RNNFAST_INLINE void product(const T* a, int64_t lda, const T* w, int64_t K) {
+    constexpr int64_t kChain = 256;
+    for (int64_t k = 0; k < K; k += kChain) {
+      Block before;  // written and read where k > 0 alone
+      if (k > 0) {
+        before = *this;
+        clear();
+      }
+      chain(a + k, lda, w + k * N * L<T>, K - k < kChain ? K - k : kChain);
+      if (k > 0) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+          for (int n = 0; n < N; ++n) acc[m][n] += before.acc[m][n];
+      }
+    }
+  }
+
+#pragma GCC diagnostic pop
+
+  // The same in one chain, or a few where the block is too small to cover the latency of a
+  // multiply-add otherwise.
+  RNNFAST_INLINE void chain(const T* a, int64_t lda, const T* w, int64_t K) {
     constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
     constexpr int width = N * L<T>;
     V<T> part[U][M][N];
@@ -277,30 +316,31 @@ struct ForwardCell {
     const Forward<T>& f = self.f;
     const int64_t column = p * kPanel * L<T>;
     T* out = f.walk.row(f.out, t, b) + column;
-    Block<T, M, N> z;
-    if (f.input_size > 0) {
-      const T* bias = panel_of(f.bias, p, 1);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const V<T> bias_n = bias ? load(bias + n * L<T>) : V<T>{};
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) z.acc[m][n] = bias_n;
-      }
-      z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of(f.w_ih, p, f.input_size),
-                f.input_size);
-    } else {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n)
-          z.acc[m][n] = load_nth<T, N>(out + m * f.out.stride_b, n, last);
-    }
     int64_t h_stride = f.out.stride_b;
     if (!carried && f.h0.data) {
       carried = f.h0.data + b * f.h0.stride_b;
       h_stride = f.h0.stride_b;
     }
+    // Smallest terms first, the long sum over h from zero: each addition rounds at the size that
+    // the sum has by then.
+    Block<T, M, N> z;
+    z.clear();
     if (carried) z.product(carried, h_stride, panel_of(f.w_hh, p, f.hidden_size), f.hidden_size);
+    if (f.input_size > 0) {
+      z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of(f.w_ih, p, f.input_size),
+                f.input_size);
+      if (f.bias) {
+        const T* bias = panel_of(f.bias, p, 1);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+          const V<T> bias_n = load(bias + n * L<T>);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) z.acc[m][n] += bias_n;
+        }
+      }
+    } else {
+      z.add(out, f.out.stride_b, last);
+    }
     // Unrolled over the panel only: the rows' activations would overflow the registers.
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -328,24 +368,14 @@ struct BackwardCell {
                     const T* carried) {
     const Backward<T>& f = self.f;
     const int64_t column = p * kPanel * L<T>;
-    const T* grad_out = f.grad_out.data ? f.walk.row(f.grad_out, t, b) + column : nullptr;
     Block<T, M, N> dh;
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n)
-        dh.acc[m][n] =
-            grad_out ? load_nth<T, N>(grad_out + m * f.grad_out.stride_b, n, last) : V<T>{};
+    dh.clear();
     if (carried) {
       dh.product(carried, f.dz.stride_b, panel_of(f.w_hh, p, f.hidden_size), f.hidden_size);
     } else if (f.grad_h_n.data) {
-      const T* grad_h_n = f.grad_h_n.data + b * f.grad_h_n.stride_b + column;
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n)
-          dh.acc[m][n] += load_nth<T, N>(grad_h_n + m * f.grad_h_n.stride_b, n, last);
+      dh.add(f.grad_h_n.data + b * f.grad_h_n.stride_b + column, f.grad_h_n.stride_b, last);
     }
+    if (f.grad_out.data) dh.add(f.walk.row(f.grad_out, t, b) + column, f.grad_out.stride_b, last);
     const T* out = f.walk.row(f.out, t, b) + column;
     T* dz = f.walk.row(f.dz, t, b) + column;
 #pragma GCC unroll 16
