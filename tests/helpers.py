@@ -1,11 +1,20 @@
 """What the tests share: the pair of modules under comparison, and where tolerances come from."""
 
 import math
+import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import rnnfast
+
+
+def environment(**variables):
+    """Environment of a process that imports the rnnfast under test, wherever it is started."""
+    package = str(Path(rnnfast.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path} | variables
 
 
 def pair(*args, seed=0, **kwargs):
@@ -58,7 +67,7 @@ def assert_as_accurate(actual, theirs, truth, what=""):
 
 
 def run(module, input, hx=None, loss="both"):
-    """Outputs of a call, and the gradients of input, hx and parameters of an uneven loss of them."""
+    """A call's outputs, and the gradients of input, hx and parameters of an uneven loss of them."""
     module.zero_grad()
     leaves = {"input": input, "hx": hx}
     for x in leaves.values():

@@ -30,7 +30,7 @@ def test_constructor_gives_bit_identical_parameters_and_attributes(config):
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
-    for name in nn.RNN.__constants__ + ["nonlinearity", "training"]:
+    for name in (*nn.RNN.__constants__, "nonlinearity", "training"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.proj_size == 0
     assert repr(ours) == repr(theirs)
@@ -137,7 +137,7 @@ def test_sixteen_bit_modules(backend, dtype, nonlinearity):
     with rnnfast.backend("reference"):
         truth = truth_of(x.detach().double())[0]
     eps = torch.finfo(dtype).eps
-    # The first layer's outputs are rounded to storage too (eps/2 each), the second layer adds its own.
+    # The first layer's outputs are rounded to storage too (eps/2 each), the second's once more.
     assert (out.double() - truth).abs().max() <= 2 * eps * truth.abs().max()
     assert (out.double() - truth).norm() <= 1.01 * (theirs(x)[0].double() - truth).norm()
     wide = copy.deepcopy(ours).float()

@@ -1,0 +1,174 @@
+"""Which backend runs, how one is forced, and what a machine without the extension sees."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, environment, pair
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import rnnfast
+
+
+def python(code, **variables):
+    """Run code in a fresh interpreter that imports the same rnnfast; return the process."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_unknown_backend_is_an_error_that_lists_the_others():
+    with (
+        pytest.raises(RuntimeError, match=r"'nope'.*auto, cpu, torch, reference"),
+        rnnfast.backend("nope"),
+    ):
+        pass
+    run = python("import rnnfast", RNNFAST_BACKEND="nope")
+    assert run.returncode != 0
+    assert "RNNFAST_BACKEND asks for the backend 'nope'" in run.stderr
+
+
+def test_environment_variable_forces_a_backend():
+    code = "import rnnfast, torch; print(rnnfast.backends.select(torch.ones(1)))"
+    assert python(code, RNNFAST_BACKEND="reference").stdout.strip() == "reference"
+    assert python(code, RNNFAST_BACKEND="torch").stdout.strip() == "torch"
+
+
+def test_context_manager_nests_and_restores():
+    x = torch.ones(1)
+    before = rnnfast.backends.select(x)
+    with rnnfast.backend("reference"):
+        assert rnnfast.backends.select(x) == "reference"
+        with rnnfast.backend("torch"):
+            assert rnnfast.backends.select(x) == "torch"
+        with rnnfast.backend("auto"):
+            assert rnnfast.backends.select(x) == rnnfast.backends.chosen(x)
+        assert rnnfast.backends.select(x) == "reference"
+    assert rnnfast.backends.select(x) == before
+    with pytest.raises(KeyError), rnnfast.backend("reference"):
+        raise KeyError
+    assert rnnfast.backends.select(x) == before
+
+
+def test_forced_backend_that_cannot_run_says_why(compiled):
+    x = torch.randn(4, 2, 3, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run: torch.complex64 is none of"):
+        rnnfast.backends.select(x)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_other_dtypes_run_on_the_reference():
+    theirs, ours = nn.RNN(3, 5).to(torch.complex64), rnnfast.RNN(3, 5).to(torch.complex64)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 2, 3, dtype=torch.complex64)
+    assert_same(ours(x)[0], theirs(x)[0], 4, 16)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_torch_backend_is_nn_rnn_itself(nonlinearity, kind, with_state):
+    theirs, ours = pair(3, 5, 2, nonlinearity, bidirectional=True, batch_first=kind == "dense")
+    x = torch.randn(4, 2, 3)
+    if kind == "packed":
+        x = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3, 1)], enforce_sorted=False)
+    args = (x, torch.randn(4, 4, 5)) if with_state else (x,)
+    with rnnfast.backend("torch"):
+        actual = ours(*args)
+    expected = theirs(*args)
+    assert torch.equal(actual[0].data, expected[0].data)
+    assert torch.equal(actual[1], expected[1])
+    cell, reference = rnnfast.RNNCell(3, 5), nn.RNNCell(3, 5)
+    cell.load_state_dict(reference.state_dict())
+    with rnnfast.backend("torch"):
+        assert torch.equal(cell(torch.ones(2, 3)), reference(torch.ones(2, 3)))
+
+
+@pytest.fixture
+def copy_of_package(tmp_path):
+    """The package's Python files alone, with no extension and no record of a build."""
+    target = tmp_path / "rnnfast"
+    shutil.copytree(
+        Path(rnnfast.__file__).parent,
+        target,
+        ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"),
+    )
+    return target
+
+
+USE = (
+    "import rnnfast, torch; m = rnnfast.RNN(3, 5); x = torch.ones(4, 2, 3);"
+    "m(x); m(x); m(x)[0].sum().backward(); print(rnnfast.backends.select(x))"
+)
+
+
+def fallback(target, code=USE, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(target.parent)} | environment,
+        cwd=target.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "the C++ extension is not built (torch was missing"),
+        ({"extension": False, "error": "no compiler: g++"}, "not built: no compiler: g++"),
+        ({"extension": True, "torch": "1.2.3"}, "built for torch 1.2.3 and this is torch"),
+        ({"extension": True, "torch": str(torch.__version__)}, "does not load"),
+    ],
+)
+def test_without_the_extension_one_warning_says_why_and_the_reference_runs(
+    copy_of_package, record, reason
+):
+    if record is not None:
+        (copy_of_package / "_build.json").write_text(json.dumps(record))
+    run = fallback(copy_of_package)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "reference"
+    assert run.stderr.count("FallbackWarning") == 1
+    assert reason in run.stderr
+    assert "pip install --no-build-isolation" in run.stderr
+
+
+def test_without_the_extension_importing_alone_is_silent(copy_of_package):
+    run = fallback(copy_of_package, "import rnnfast")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_without_the_extension_forcing_it_is_an_error_that_says_why(copy_of_package):
+    run = fallback(copy_of_package, RNNFAST_BACKEND="cpu")
+    assert run.returncode != 0
+    assert "the forced backend 'cpu' cannot run: the C++ extension is not built" in run.stderr
+    run = fallback(copy_of_package, RNNFAST_BACKEND="reference")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_diagnosis():
+    def diagnose(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "rnnfast", *args],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    found = json.loads(diagnose("--json"))
+    assert found["torch"] == str(torch.__version__)
+    assert found["inputs"]["cpu float32"]["runs"] == rnnfast.backends.chosen(torch.ones(1))
+    assert str(torch.__version__) in diagnose()

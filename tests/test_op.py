@@ -1,0 +1,231 @@
+"""torch.ops.rnnfast.*: the compiled kernels below the modules."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, environment
+
+import rnnfast
+
+pytestmark = pytest.mark.usefixtures("compiled")
+f64 = torch.float64
+
+
+def layer(T, B, I, H, dtype=f64, requires_grad=False):
+    """Arguments of rnn_layer up to the biases; weights as nn.RNN draws them, since larger ones make
+    the recurrence amplify rounding."""
+    bound = H**-0.5
+    x, h = torch.randn(T, B, I, dtype=dtype), torch.randn(B, H, dtype=dtype)
+    weights = [torch.empty(s, dtype=dtype) for s in ((H, I), (H, H), (H,), (H,))]
+    weights = [w.uniform_(-bound, bound) for w in weights]
+    return [t.requires_grad_(requires_grad) for t in (x, h, *weights)]
+
+
+SAMPLES = {
+    "dense": lambda: (*layer(4, 3, 2, 5, requires_grad=True), None, "tanh", False),
+    "reverse relu": lambda: (*layer(4, 3, 2, 5, requires_grad=True), None, "relu", True),
+    "no state, no bias": lambda: _without(layer(4, 3, 2, 5, requires_grad=True)),
+    "packed": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], False),
+    "packed reverse": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], True),
+    "bfloat16": lambda: (*layer(4, 3, 2, 5, torch.bfloat16), None, "tanh", False),
+}
+
+
+def _without(args):
+    x, _, w_ih, w_hh, _, _ = args
+    return x, None, w_ih, w_hh, None, None, None, "tanh", False
+
+
+def _packed(args, sizes, reverse):
+    x, h, *weights = args
+    return (
+        x.detach()[0].requires_grad_(),
+        h.detach()[: sizes[0]].requires_grad_(),
+        *weights,
+        torch.tensor(sizes),
+        "tanh",
+        reverse,
+    )
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample):
+    args = SAMPLES[sample]()
+    torch.library.opcheck(torch.ops.rnnfast.rnn_layer.default, args)
+    x, h, w_ih, w_hh, _, _, sizes, nonlinearity, reverse = args
+    with torch.no_grad():
+        out, h_n = torch.ops.rnnfast.rnn_layer(*args)
+    mask = [True, h is not None, True, True, True]
+    grads = (torch.ones_like(out), torch.ones_like(h_n))
+    if sizes is not None:  # double backward reads batch_sizes, which no trace of it can do
+        x, h, w_ih, w_hh = (t.detach() for t in (x, h, w_ih, w_hh))
+    torch.library.opcheck(
+        torch.ops.rnnfast.rnn_layer_backward.default,
+        (*grads, x, h, w_ih, w_hh, out, sizes, nonlinearity, reverse, mask),
+    )
+
+
+BAD = {
+    "rank": (lambda a: [a[0][0], *a[1:]], r"3 dimensions.*\[3, 2\]"),
+    "empty sequence": (lambda a: [a[0][:0], *a[1:]], "sequence length to be larger than 0"),
+    "w_ih": (lambda a: [a[0], a[1], a[2][:, :1], *a[3:]], r"w_ih.*\[5, 2\].*\[5, 1\]"),
+    "w_hh": (lambda a: [*a[:3], a[3][:, :4], *a[4:]], r"w_hh.*\[5, 5\].*\[5, 4\]"),
+    "b_ih": (lambda a: [*a[:4], a[4][:4], *a[5:]], r"b_ih.*\[5\].*\[4\]"),
+    "b_hh": (lambda a: [*a[:5], a[5][None], *a[6:]], r"b_hh.*\[5\].*\[1, 5\]"),
+    "hx": (lambda a: [a[0], a[1][:2], *a[2:]], r"hx.*\[3, 5\].*\[2, 5\]"),
+    "dtype": (lambda a: [a[0], a[1].float(), *a[2:]], r"(?i)hx of dtype.*(double|float64)"),
+    "device": (lambda a: [a[0], a[1].to("meta"), *a[2:]], "hx"),
+    "nonlinearity": (lambda a: [*a[:7], "gelu", False], "unknown nonlinearity 'gelu'"),
+    "increasing": (
+        lambda a: [a[0][0], *a[1:6], torch.tensor([1, 2]), *a[7:]],
+        "never increasing, got 2 at step 1",
+    ),
+    "rows": (
+        lambda a: [a[0][0], *a[1:6], torch.tensor([3, 3]), *a[7:]],
+        "6 rows.*got 3",
+    ),
+    "zero rows": (
+        lambda a: [a[0][0], *a[1:6], torch.tensor([3, 0]), *a[7:]],
+        "positive.*got 0 at step 1",
+    ),
+    "no steps": (
+        lambda a: [a[0][0], *a[1:6], torch.tensor([], dtype=torch.long), *a[7:]],
+        "sequence length to be larger than 0",
+    ),
+    "packed hx": (
+        lambda a: [a[0][0], a[1], *a[2:6], torch.tensor([2, 1]), *a[7:]],
+        r"hx.*\[2, 5\].*\[3, 5\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("name", ["rnn_layer op", "reference"])
+def test_bad_arguments_are_runtime_errors_that_name_both_shapes(case, name):
+    change, message = BAD[case]
+    args = change([*layer(4, 3, 2, 5), None, "tanh", False])
+    run = rnnfast.reference.rnn_layer if name == "reference" else torch.ops.rnnfast.rnn_layer
+    with pytest.raises(RuntimeError, match=message):
+        run(*args)
+
+
+def test_bad_gradients_are_errors():
+    x, h, w_ih, w_hh, b_ih, b_hh = layer(4, 3, 2, 5)
+    out, _ = torch.ops.rnnfast.rnn_layer(x, h, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)
+    rest = (None, "tanh", False, [True] * 5)
+    backward = torch.ops.rnnfast.rnn_layer_backward
+    with pytest.raises(RuntimeError, match=r"grad_out.*\[4, 3, 5\].*\[3, 3, 5\]"):
+        backward(out[1:], None, x, h, w_ih, w_hh, out, *rest)
+    with pytest.raises(RuntimeError, match=r"grad_h_n.*\[3, 5\].*\[2, 5\]"):
+        backward(None, h[1:], x, h, w_ih, w_hh, out, *rest)
+    with pytest.raises(RuntimeError, match=r"expected out of size"):
+        backward(out, None, x, h, w_ih, w_hh, out[1:], *rest)
+
+
+def test_weights_of_any_stride():
+    x, h, w_ih, w_hh, b_ih, b_hh = layer(4, 13, 9, 21)
+    expected = torch.ops.rnnfast.rnn_layer(x, h, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)
+    strided = [
+        w_ih.t().contiguous().t(),
+        torch.stack([w_hh, w_hh], -1)[..., 0],
+        torch.stack([b_ih, b_ih], -1)[..., 1],
+        b_hh,
+    ]
+    actual = torch.ops.rnnfast.rnn_layer(x, h, *strided, None, "tanh", False)
+    assert_same(actual[0], expected[0], 4, 30)
+    broadcast = torch.ops.rnnfast.rnn_layer(
+        x, h, w_ih, w_hh, b_ih[:1].expand(21), None, None, "tanh", False
+    )
+    same = torch.ops.rnnfast.rnn_layer(
+        x, h, w_ih, w_hh, b_ih[:1].expand(21).contiguous(), None, None, "tanh", False
+    )
+    assert torch.equal(broadcast[0], same[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [None, sorted([1, 60, 3, 60, 20] * 9, reverse=True)])
+def test_the_number_of_threads_changes_nothing(threads, sizes):
+    """Rows are shared out, never a row's own sums; a row in a smaller block at the end of a share
+    may be summed in another order."""
+    B, T, I, H = 45, 60, 5, 50
+    x, h, *weights = layer(T, B, I, H, torch.float32)
+    batch_sizes = None
+    if sizes is not None:
+        batch_sizes = torch.tensor([sum(n > t for n in sizes) for t in range(T)])
+        x = torch.randn(int(batch_sizes.sum()), I)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, threads):
+            torch.set_num_threads(n)
+            results.append(torch.ops.rnnfast.rnn_layer(x, h, *weights, batch_sizes, "tanh", False))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b, T, I + H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_tanh_is_accurate_over_the_whole_range(dtype):
+    """Within 2 ulp of the true value: against tanh in twice the precision for float32, and within
+    2 ulp plus the ulp of torch's own for float64."""
+    exponents = torch.arange(-126, 8 if dtype == torch.float32 else 6, dtype=f64)
+    torch.manual_seed(0)
+    x = torch.cat(
+        [
+            torch.linspace(-12, 12, 500_001, dtype=f64),
+            (2**exponents * torch.rand(4000, 1, dtype=f64).add(1)).flatten(),
+            torch.linspace(0.5624, 0.5626, 20_001, dtype=f64),  # where the two formulas meet
+        ]
+    ).to(dtype)
+    x = torch.cat([x, -x])
+    y = torch.ops.rnnfast._tanh(x)
+    truth = torch.tanh(x.double())
+    magnitude = truth.to(dtype).abs()
+    ulp = (torch.nextafter(magnitude, torch.tensor(2, dtype=dtype)) - magnitude).double()
+    bound = 2 if dtype == torch.float32 else 3
+    assert ((y.double() - truth).abs() / ulp).max() <= bound
+    assert (y.abs() <= 1).all()
+    assert torch.equal(torch.ops.rnnfast._tanh(-x), -y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_tanh_of_special_values_is_that_of_torch(dtype):
+    tiny = torch.finfo(dtype).tiny
+    values = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), tiny, -tiny / 8, 1e30, -1e30]
+    for padding in range(18):  # each value in each lane, whole vectors and parts
+        x = torch.tensor([0.0] * padding + values, dtype=dtype)
+        y, expected = torch.ops.rnnfast._tanh(x), torch.tanh(x)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+        assert torch.equal(
+            torch.signbit(y), torch.signbit(x) & ~y.isnan() | torch.signbit(y) & y.isnan()
+        )
+
+
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_of_this_machine(capability):
+    """The kernel tests again in a process of its own, as the choice is made when it starts."""
+    names = {"NO AVX": 0, "DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+    here = names.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if os.environ.get("RNNFAST_TEST_CAPABILITY"):
+        pytest.skip("already inside such a process")
+    if CAPABILITIES.index(capability) > here:
+        pytest.skip(f"this machine has no {capability}")
+    folder = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         str(folder / "test_op.py"), str(folder / "test_numerics.py"),
+         "-k", "not reference and not opcheck and not generated"],
+        env=environment(ATEN_CPU_CAPABILITY=capability, RNNFAST_TEST_CAPABILITY="1"),
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
