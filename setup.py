@@ -76,6 +76,7 @@ def build_ext_class() -> type:
                 "extension": True,
                 "sanitized": flag("RNNFAST_SANITIZE"),
             }
+            inplace = self.inplace  # super().run() clears it meanwhile
             try:
                 super().run()
             except (Exception, SystemExit) as error:
@@ -84,7 +85,7 @@ def build_ext_class() -> type:
                 why = f"the C++ extension could not be compiled ({one_line(error)})"
                 record |= {"extension": False, "error": why}
                 print(f"rnnfast: {why}; installing the pure-PyTorch fallback.", file=sys.stderr)
-            package = Path("." if self.inplace else self.build_lib) / "rnnfast"
+            package = Path("." if inplace else self.build_lib) / "rnnfast"
             package.mkdir(parents=True, exist_ok=True)
             (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 

@@ -69,8 +69,13 @@ def _minor(version: str) -> str:
 def _load_extension() -> str | None:
     """Load ``rnnfast._C``; return None, or one sentence that says why it cannot be used."""
     record = build_record()
+    if not record and Path(__file__).parent.with_name("setup.py").exists():
+        return (
+            f"the C++ extension is not built in the source tree {Path(__file__).parent.parent}, "
+            "from which rnnfast was imported (install with -e, or run from another folder)."
+        )
     if not record:
-        return "the C++ extension is not built (torch was missing, or setup.py was not run)."
+        return "the C++ extension is not built (torch was missing when rnnfast was installed)."
     if not record.get("extension"):
         return f"the C++ extension is not built: {record.get('error', 'no reason was recorded')}."
     running, built = str(torch.__version__), str(record.get("torch"))

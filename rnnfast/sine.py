@@ -173,7 +173,11 @@ def plot(runs: Sequence[Run], windows: str, dtype: torch.dtype, device: str, fil
             values = forecast(run.model, last.to(device, dtype), steps)
             known = predict(run.model, inputs[-1:])
             left.plot(
-                torch.cat([x[-1:], ahead]), torch.cat([known, values]).cpu(), line, color=color, lw=width
+                torch.cat([x[-1:], ahead]),
+                torch.cat([known, values]).cpu(),
+                line,
+                color=color,
+                lw=width,
             )
             if run is runs[0]:
                 left.plot(ahead, torch.sin(ahead), color="0.8", linewidth=5, zorder=0)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UBSan into a temporary folder and runs the kernel
+# tests through it, on every instruction set of this machine. Usage: tests/sanitize.sh [PYTHON]
+set -euo pipefail
+python=${1:-python}
+cd "$(dirname "$0")/.."
+where=$(mktemp -d)
+trap 'rm -rf "$where"' EXIT
+
+RNNFAST_SANITIZE=1 RNNFAST_REQUIRE_EXT=1 "$python" setup.py -q build \
+  --build-base "$where/build" --build-lib "$where/lib" >"$where/log" 2>&1 ||
+  { tail -30 "$where/log"; exit 1; }
+cp -r tests pyproject.toml "$where"
+cd "$where" # away from the source tree, whose rnnfast would be imported instead
+
+# The interpreter is not instrumented, so the runtimes come first by preloading; torch's and
+# Python's own allocations at exit are not ours to judge.
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONPATH="$where/lib" RNNFAST_REQUIRE_EXT=1
+preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+preload="$preload $(gcc -print-file-name=libstdc++.so)"
+LD_PRELOAD="$preload" "$python" -c \
+  'import rnnfast.backends as b; assert b.build_record()["sanitized"] and not b.extension_error'
+LD_PRELOAD="$preload" \
+  "$python" -m pytest -q -p no:cacheprovider tests/test_op.py tests/test_numerics.py \
+  tests/test_errors.py -k "not reference and not opcheck"
