@@ -4,8 +4,6 @@
 //
 // The autograd nodes are written against torch::autograd::Node, not torch::autograd::Function:
 // functorch refuses the latter, and these cost less per call.
-#include <Python.h>
-
 #include "op.h"
 
 #include <ATen/ATen.h>
@@ -354,11 +352,4 @@ TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
 TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) {
   m.impl("rnn_layer",
          &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
-}
-
-// An empty Python module: importing it runs the registrations above.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }

@@ -16,7 +16,6 @@ run a call raises RuntimeError and says why.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import warnings
@@ -67,7 +66,7 @@ def _minor(version: str) -> str:
 
 
 def _load_extension() -> str | None:
-    """Load ``rnnfast._C``; return None, or one sentence that says why it cannot be used."""
+    """Load the extension's ops; return None, or one sentence that says why it cannot be used."""
     record = build_record()
     if not record and Path(__file__).parent.with_name("setup.py").exists():
         return (
@@ -81,9 +80,12 @@ def _load_extension() -> str | None:
     running, built = str(torch.__version__), str(record.get("torch"))
     if _minor(running) != _minor(built):  # the C++ ABI of torch changes between minor versions
         return f"the C++ extension was built for torch {built} and this is torch {running}."
+    library = next(Path(__file__).parent.glob("_C.*"), None)
+    if library is None:
+        return "the C++ extension is missing from the package, which was built with it."
     try:
-        importlib.import_module("rnnfast._C")
-    except (ImportError, OSError) as error:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except OSError as error:
         return f"the C++ extension does not load ({error})."
     return None
 

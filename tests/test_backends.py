@@ -129,12 +129,16 @@ def fallback(target, code=USE, **environment):
         (None, "the C++ extension is not built (torch was missing"),
         ({"extension": False, "error": "no compiler: g++"}, "not built: no compiler: g++"),
         ({"extension": True, "torch": "1.2.3"}, "built for torch 1.2.3 and this is torch"),
-        ({"extension": True, "torch": str(torch.__version__)}, "does not load"),
+        ({"extension": True, "torch": str(torch.__version__)}, "missing from the package"),
+        ("broken", "does not load"),
     ],
 )
 def test_without_the_extension_one_warning_says_why_and_the_reference_runs(
     copy_of_package, record, reason
 ):
+    if record == "broken":
+        (copy_of_package / "_C.abi3.so").write_text("not a shared object")
+        record = {"extension": True, "torch": str(torch.__version__)}
     if record is not None:
         (copy_of_package / "_build.json").write_text(json.dumps(record))
     run = fallback(copy_of_package)
