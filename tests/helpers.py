@@ -1,5 +1,6 @@
 """What the tests share: the pair of modules under comparison, and where tolerances come from."""
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -36,8 +37,8 @@ def tolerance(dtype, steps, terms):
     return 4 * torch.finfo(dtype).eps * math.sqrt(terms) * max(steps, 1)
 
 
-def assert_same(actual, expected, steps, terms, what=""):
-    """Equal to the tolerance of their dtype, relative to the largest element."""
+def assert_same(actual, expected, steps, terms, what="", scale=0.0):
+    """Equal to the tolerance of their dtype, relative to the largest element or to `scale`."""
     if expected is None:
         assert actual is None, what
         return
@@ -46,7 +47,7 @@ def assert_same(actual, expected, steps, terms, what=""):
     assert actual.dtype == expected.dtype, (what, actual.dtype, expected.dtype)
     if expected.numel() == 0:
         return
-    scale = max(expected.detach().abs().max().item(), 1e-3)
+    scale = max(expected.detach().abs().max().item(), scale, 1e-3)
     error = (actual.detach() - expected.detach()).abs().max().item() / scale
     assert error <= tolerance(expected.dtype, steps, terms), f"{what}: off by {error:.2e}"
 
@@ -66,8 +67,9 @@ def assert_as_accurate(actual, theirs, truth, what=""):
     assert ours <= 1.5 * reference + floor, f"{what}: error {ours:.3e}, nn.RNN's {reference:.3e}"
 
 
-def run(module, input, hx=None, loss="both"):
+def run(module, input, hx=None, loss="both", weigh=None):
     """A call's outputs, and the gradients of input, hx and parameters of an uneven loss of them."""
+    weigh = weigh or ramp
     module.zero_grad()
     leaves = {"input": input, "hx": hx}
     for x in leaves.values():
@@ -76,7 +78,7 @@ def run(module, input, hx=None, loss="both"):
     out, h_n = module(input) if hx is None else module(input, hx)
     data = out.data if isinstance(out, nn.utils.rnn.PackedSequence) else out
     terms = {"out": [data], "h_n": [h_n], "both": [data, h_n]}[loss]
-    sum((x * ramp(x)).sum() for x in terms).backward()
+    sum((x * weigh(x)).sum() for x in terms).backward()
     grads = {name: x.grad for name, x in leaves.items() if isinstance(x, torch.Tensor)}
     grads |= {name: p.grad for name, p in module.named_parameters()}
     return data.detach(), h_n.detach(), grads
@@ -85,3 +87,53 @@ def run(module, input, hx=None, loss="both"):
 def ramp(x):
     """Weights between -1 and 1 that differ from element to element."""
     return torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view(x.shape).to(x)
+
+
+def compare(theirs, ours, x, hx, loss="both"):
+    """Same outputs and gradients from both modules, to the tolerance of the dtype."""
+    expected, actual = (named(run(m, x, hx, loss)) for m in (theirs, ours))
+    scales = sensitivities(theirs, x, hx, loss, expected)
+    rows = x.data.shape[:-1].numel()
+    steps = rows if x.data.dim() == 2 else max(x.shape[:2])
+    steps *= ours.num_layers
+    terms = ours.hidden_size * len(ours.all_weights) // ours.num_layers + ours.input_size
+    for name in expected:
+        summed = terms if name in ("out", "h_n") else terms + rows
+        assert_same(actual[name], expected[name], steps, summed, name, scales.get(name, 0.0))
+
+
+def named(result):
+    out, h_n, grads = result
+    return {"out": out, "h_n": h_n} | grads
+
+
+def sensitivities(module, x, hx, loss, expected):
+    """What a relative change of all inputs by eps changes in each result, over eps.
+
+    A sum whose terms cancel (the gradient of the one weight of a hidden size of one) is smaller
+    than its rounding errors' scale. Three random changes: that all miss it is most unlikely.
+    """
+    eps = torch.finfo(x.data.dtype).eps
+
+    def changed(t):
+        sign = torch.randint(0, 2, t.shape, generator=generator).to(t).mul(2).sub(1)
+        return t.detach() * (1 + eps * sign)
+
+    generator = torch.Generator().manual_seed(5)
+    scales: dict[str, float] = {}
+    for _ in range(3):
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.copy_(changed(p))
+        if isinstance(x, torch.Tensor):
+            y = changed(x).requires_grad_(x.requires_grad)
+        else:
+            y = x._replace(data=changed(x.data))
+        h = None if hx is None else changed(hx).requires_grad_(hx.requires_grad)
+        result = named(run(other, y, h, loss, lambda t: changed(ramp(t))))
+        for name, value in expected.items():
+            if value is not None and value.numel():
+                change = (result[name] - value).abs().max().item() / eps
+                scales[name] = max(scales.get(name, 0.0), change)
+    return scales

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_same, pair, ramp, run
+from helpers import assert_as_accurate, assert_same, compare, pair, ramp, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,19 +13,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 import rnnfast
 
 f64 = torch.float64
-
-
-def compare(theirs, ours, x, hx, loss="both"):
-    """Same outputs and gradients from both modules, to the tolerance of the dtype."""
-    expected = run(theirs, x, hx, loss)
-    actual = run(ours, x, hx, loss)
-    rows = x.data.shape[:-1].numel()
-    steps = rows if x.data.dim() == 2 else max(x.shape[:2])
-    terms = ours.hidden_size + ours.input_size
-    assert_same(actual[0], expected[0], steps, terms, "out")
-    assert_same(actual[1], expected[1], steps, terms, "h_n")
-    for name in expected[2]:
-        assert_same(actual[2][name], expected[2][name], steps, terms + rows, name)
 
 
 STRUCTURES = {
