@@ -20,7 +20,6 @@ def rnn(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
-    *,
     batch_sizes: Tensor | None = None,
     nonlinearity: str = "tanh",
     bias: bool = True,
@@ -55,6 +54,13 @@ def rnn(
     Raises:
         RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
     """
+    if backends.select(input) == "cpu" and not torch.compiler.is_compiling():
+        # The loop below, without its overhead.
+        drop = dropout if training else 0.0
+        return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
+            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
+            batch_first,
+        )  # fmt: skip
     directions = 2 if bidirectional else 1
     per_layer = 4 if bias else 2
     if len(weights) != per_layer * directions * num_layers:

@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -72,26 +73,38 @@ struct Steps {
     return packed() ? Rows<T>{data, 0, x.stride(0)} : Rows<T>{data, x.stride(0), x.stride(1)};
   }
 
-  // x[len(b) - 1, b] for every b: the last valid step of each sequence.
+  // x[len(b) - 1, b] for every b, and x[0, b]: the first and last valid step of each sequence.
   Tensor last(const Tensor& x) const {
     if (!packed()) return x.select(0, walk.seq_len - 1);
     const Tensor rows = x.contiguous();
     Tensor result = at::empty({walk.batch, rows.size(1)}, rows.options());
-    const size_t bytes = rows.size(1) * rows.element_size();
-    const char* from = static_cast<const char*>(rows.const_data_ptr());
-    char* to = static_cast<char*>(result.mutable_data_ptr());
-    for (int64_t t = 0; t < walk.seq_len; ++t) {
-      const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
-      const int64_t end = walk.batch_sizes[t];
-      if (end > begin) {
-        std::memcpy(to + begin * bytes, from + (first_row[t] + begin) * bytes,
-                    (end - begin) * bytes);
-      }
-    }
+    copy_last(rows, result);
     return result;
   }
   Tensor first(const Tensor& x) const {
     return packed() ? x.narrow(0, 0, walk.batch) : x.select(0, 0);
+  }
+
+  // The same into a tensor [B, F], from a contiguous x.
+  void copy_last(const Tensor& x, const Tensor& to) const {
+    const size_t bytes = x.size(-1) * x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr());
+    char* row = static_cast<char*>(to.mutable_data_ptr());
+    if (!packed()) {
+      std::memcpy(row, from + (rows - walk.batch) * bytes, walk.batch * bytes);
+      return;
+    }
+    for (int64_t t = 0; t < walk.seq_len; ++t) {
+      const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
+      const int64_t end = walk.batch_sizes[t];
+      if (end > begin) {
+        std::memcpy(row + begin * bytes, from + (first_row[t] + begin) * bytes,
+                    (end - begin) * bytes);
+      }
+    }
+  }
+  void copy_first(const Tensor& x, const Tensor& to) const {
+    std::memcpy(to.mutable_data_ptr(), x.const_data_ptr(), walk.batch * x.size(-1) * x.element_size());
   }
 
   // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
@@ -195,6 +208,22 @@ const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
   return packed;
 }
 
+// Uninitialised memory for packed weights: small ones stay on the stack.
+template <class T>
+class Space {
+ public:
+  explicit Space(int64_t size) {
+    if (size <= kSmall) return;
+    large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+  }
+  T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
+
+ private:
+  static constexpr int64_t kSmall = (8 << 10) / sizeof(T);
+  alignas(64) T small_[kSmall];
+  c10::DataPtr large_;
+};
+
 template <class T>
 int64_t panels_of(int64_t H) {
   const int64_t columns = time_loop<T>().panel_columns;
@@ -277,8 +306,8 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
   Tensor x;
   const int64_t sizes = loop.packed_size(H, H) +
       (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0);
-  Tensor buffer = at::empty({sizes}, w_hh.options());
-  T* space = buffer.mutable_data_ptr<T>();
+  Space<T> packed(sizes);
+  T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, true);
   if (fused) {
     x = adjacent_features(input);
@@ -321,8 +350,8 @@ Tensor backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
     g_h_n = adjacent_features(*grad_h_n);
     f.grad_h_n = Rows<const T>{g_h_n.const_data_ptr<T>(), 0, g_h_n.stride(0)};
   }
-  Tensor buffer = at::empty({loop.packed_size(H, H)}, w_hh.options());
-  T* space = buffer.mutable_data_ptr<T>();
+  Space<T> packed(loop.packed_size(H, H));
+  T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, false);
   steps.parallel(H * (H + 16), panels_of<T>(H),
                  [&](const Share& share) { loop.backward(f, share); });
@@ -462,7 +491,9 @@ std::tuple<Tensor, Tensor> rnn_layer(const Tensor& input, const std::optional<Te
                                                                           : forward_loop<scalar_t>;
     run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
   });
-  return {out, (reverse ? steps.first(out) : steps.last(out)).clone()};
+  Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
+  reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+  return {out, h_n};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
