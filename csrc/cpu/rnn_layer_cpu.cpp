@@ -1,6 +1,6 @@
 // The CPU kernels of the ops in ../op.cpp. Time-parallel work (input projection, weight and input
 // gradients) is one large product each and goes to the library, unless it is small; the recurrence
-// goes to the time loop, shared out between ATen's threads, unless the steps are so few that the
+// goes to the time loop, shared out between ATen's threads, unless the rows are so few that the
 // weights are not worth packing.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -230,17 +230,15 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
-// Whether to take each step to the library instead of packing the weights for the time loop.
-// Packing costs 0.65 ns a weight, a call of the library 4 us, and on its multiply-adds (0.02 ns
-// each at best) it is some 25 % slower.
-bool worth_no_packing(const Steps& steps, int64_t weights) {
-  return !steps.packed() &&
-      0.65 * weights > 4000.0 * steps.walk.seq_len + 0.25 * 0.02 * steps.rows * weights;
-}
+// Whether the rows are too few for packing the weights to pay: packing costs 0.65 ns a weight, and
+// saves some 25 % of a multiply-add (0.02 ns at best) with it for each row.
+bool worth_no_packing(const Steps& steps) { return steps.rows <= 128; }
 
-template <class T>
-void activate(const Tensor& x, bool relu) {
-  time_loop<T>().activate(x.mutable_data_ptr<T>(), x.numel(), relu);
+// Whether the projection belongs into the walk over the steps: where a block's rows share each
+// weight that is loaded, and where a call of the library (4 us) costs more than it saves. Else one
+// product over all steps is the better use of the weights.
+bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
+  return I <= 8 || (I <= 256 && steps.walk.batch >= 8) || steps.rows * I * H < 250'000;
 }
 
 // out = x W_ih^T + bias, for all steps at once.
@@ -254,19 +252,69 @@ void project(const Tensor& input, const Tensor& w_ih, const std::optional<Tensor
   }
 }
 
+// z += x w^T, for some rows. Strides of the features are 1.
+template <class T>
+void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
+  const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, w.const_data_ptr<T>(), w.stride(0),
+                       z.data, z.stride_b};
+  const int64_t work = batch * f.K;
+  at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),
+                   [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
+}
+
+// Step by step, the weights as they lie.
 template <class T>
 void forward_by_steps(const Steps& steps, const Tensor& input, const std::optional<Tensor>& hx,
-                      const Tensor& w_ih, const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                      const Tensor& w_ih_, const Tensor& w_hh_, const std::optional<Tensor>& b_ih,
                       const std::optional<Tensor>& b_hh, bool relu, const Tensor& out) {
-  project(input, w_ih, b_ih, b_hh, flat(out));
-  const Tensor w = w_hh.t();
-  std::optional<Tensor> h = hx;
-  for (int64_t s = 0; s < steps.walk.seq_len; ++s) {
-    Tensor z = out.select(0, steps.walk.reverse ? steps.walk.seq_len - 1 - s : s);
-    if (h) z.addmm_(*h, w);
-    activate<T>(z, relu);
-    h = z;
+  const int64_t H = w_hh_.size(0);
+  const Walk& walk = steps.walk;
+  const Tensor x = adjacent_features(input), w_ih = adjacent_features(w_ih_),
+               w_hh = adjacent_features(w_hh_);
+  const Tensor h0 = hx ? adjacent_features(*hx) : Tensor();
+  const auto x_rows = steps.rows_of<const T>(x);
+  const auto out_rows = steps.rows_of<T>(out);
+  // One product over all steps, unless it would cost less than its call.
+  const bool projected = walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H);
+  if (projected) project(input, w_ih, b_ih, b_hh, flat(out));
+  Space<T> bias(time_loop<T>().packed_size(1, H));
+  T* end = bias.data();
+  pack_bias_into(end, b_ih, b_hh, H);
+
+  int64_t t_last = 0, visited = 0;
+  for (int64_t s = 0; s < walk.seq_len; ++s) {
+    const int64_t t = walk.reverse ? walk.seq_len - 1 - s : s, live = walk.live(t);
+    const auto at = [&](const auto& rows, int64_t t, int64_t b) {
+      auto from = rows;
+      from.data = walk.row(rows, t, b);
+      return from;
+    };
+    if (!projected) {
+      for (int64_t b = 0; b < live; ++b) {
+        std::memcpy(walk.row(out_rows, t, b), bias.data(), H * sizeof(T));
+      }
+      add_linear<T>(at(x_rows, t, 0), w_ih, live, at(out_rows, t, 0));
+    }
+    const int64_t carried = std::min(visited, live);
+    if (carried > 0) {
+      const auto h = at(out_rows, t_last, 0);
+      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, at(out_rows, t, 0));
+    }
+    if (carried < live && hx) {
+      add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
+                    live - carried, at(out_rows, t, carried));
+    }
+    time_loop<T>().activate(walk.row(out_rows, t, 0), live * H, relu);
+    visited = live;
+    t_last = t;
   }
+}
+
+// The same question for the backward, whose products go to the library instead: 4 us a call, and
+// nothing where there is but one step.
+bool worth_steps_of_library(const Steps& steps, int64_t H) {
+  return !steps.packed() && steps.rows <= 128 &&
+      0.65 * H * H > 4000.0 * (steps.walk.seq_len - 1);
 }
 
 Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_out,
@@ -300,9 +348,7 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
   f.relu = relu;
   f.out = steps.rows_of<T>(out);
 
-  // The projection is fused where a block's rows share each weight that is loaded; with few rows a
-  // product over all steps at once is the better use of the weights.
-  const bool fused = I <= 8 || (I <= 256 && steps.walk.batch >= 8);
+  const bool fused = worth_fusing(steps, I, H);
   Tensor x;
   const int64_t sizes = loop.packed_size(H, H) +
       (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0);
@@ -487,8 +533,7 @@ std::tuple<Tensor, Tensor> rnn_layer(const Tensor& input, const std::optional<Te
                               : at::empty({steps.walk.seq_len, steps.walk.batch, H}, input.options());
   if (steps.rows == 0) return {out, at::empty({0, H}, input.options())};
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    const auto run = worth_no_packing(steps, w_ih.numel() + w_hh.numel()) ? forward_by_steps<scalar_t>
-                                                                          : forward_loop<scalar_t>;
+    const auto run = worth_no_packing(steps) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
     run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
   });
   Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
@@ -529,7 +574,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
 
   const bool relu = nonlinearity == "relu";
   Tensor dz;
-  if (worth_no_packing(steps, w_hh.numel()) && (grad_out || grad_h_n)) {
+  if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
     dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu);
   } else {
     AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
@@ -559,7 +604,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
 // tanh as the time loop computes it, for its accuracy to be measured.
 Tensor tanh(const Tensor& x) {
   Tensor y = x.clone(at::MemoryFormat::Contiguous);
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rnnfast::_tanh", [&] { activate<scalar_t>(y, false); });
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rnnfast::_tanh", [&] {
+    time_loop<scalar_t>().activate(y.mutable_data_ptr<scalar_t>(), y.numel(), false);
+  });
   return y;
 }
 

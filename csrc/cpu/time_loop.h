@@ -79,6 +79,18 @@ struct OuterSum {
   T* column_sums = nullptr;  // [M] or nullptr
 };
 
+// z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie.
+template <class T>
+struct Linear {
+  int64_t batch = 0, K = 0;
+  const T* x = nullptr;  // [batch, K], row stride ldx
+  int64_t ldx = 0;
+  const T* w = nullptr;  // [N, K], row stride ldw
+  int64_t ldw = 0;
+  T* z = nullptr;        // [batch, N], row stride ldz
+  int64_t ldz = 0;
+};
+
 // Where the threads that share a step wait for each other. They spin, since a step takes
 // microseconds; one whose partner is not running gives way.
 class Barrier {
@@ -127,6 +139,7 @@ struct TimeLoop {
   void (*forward)(const Forward<T>&, const Share&);
   void (*backward)(const Backward<T>&, const Share&);
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);  // rows [m0, m1) of c
+  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);       // columns [n0, n1) of z
   void (*activate)(T* x, int64_t n, bool relu);                   // in place
 };
 

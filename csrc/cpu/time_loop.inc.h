@@ -18,6 +18,9 @@
 // No function of the standard library is instantiated here: it could be shared with code that must
 // run without these instructions.
 
+// Vectors are passed only between functions of this file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace rnnfast::cpu::RNNFAST_ISA {
 namespace {
 
@@ -695,6 +698,76 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   }
 }
 
+// ------------------------------------------------------------------ products with unpacked weights
+//
+// z[b,n] += sum_k x[b,k] w[n,k]: M rows times N weight rows at a time, vectors along k, whose lanes
+// are added up at the end.
+
+template <class T, int M, int N>
+void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
+  const T* x = f.x + b * f.ldx;
+  const T* w = f.w + n * f.ldw;
+  V<T> acc[M][N] = {};
+  const auto add = [&](int64_t k, const auto& load_k) RNNFAST_LAMBDA_INLINE {
+    V<T> xk[M];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) xk[i] = load_k(x + i * f.ldx + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      const V<T> wk = load_k(w + j * f.ldw + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) acc[i][j] += xk[i] * wk;
+    }
+  };
+  int64_t k = 0;
+  for (; k + L<T> <= f.K; k += L<T>) add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return load(p); });
+  if (k < f.K) {
+    const int left = int(f.K - k);
+    add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return load_part(p, left); });
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      T lanes[L<T>];
+      store(lanes, acc[i][j]);
+#pragma GCC unroll 4
+      for (int half = L<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      f.z[(b + i) * f.ldz + n + j] += lanes[0];
+    }
+}
+
+template <class T, int M>
+void linear_rows(const Linear<T>& f, int64_t b, int64_t n0, int64_t n1) {
+#if RNNFAST_VECTOR_REGISTERS == 32
+  constexpr int N = M <= 2 ? 8 : 6;
+#else
+  constexpr int N = M == 1 ? 8 : M == 4 ? 3 : 4;
+#endif
+  for (; n0 + N <= n1; n0 += N) linear_block<T, M, N>(f, b, n0);
+  for (; n0 < n1; ++n0) linear_block<T, M, 1>(f, b, n0);
+}
+
+// Weight rows in strips that stay in the first-level cache while all rows of x pass by.
+template <class T>
+void linear(const Linear<T>& f, int64_t n0, int64_t n1) {
+  constexpr int64_t kBytes = 16 << 10;
+  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * f.K) / 24 * 24;
+  const int64_t strip = f.batch <= 4 ? n1 - n0 : fitting < 24 ? 24 : fitting;
+  for (int64_t n = n0; n < n1; n += strip) {
+    const int64_t end = n1 - n < strip ? n1 : n + strip;
+    int64_t b = 0;
+    for (; b + 4 <= f.batch; b += 4) linear_rows<T, 4>(f, b, n, end);
+    switch (f.batch - b) {
+      case 3: linear_rows<T, 3>(f, b, n, end); break;
+      case 2: linear_rows<T, 2>(f, b, n, end); break;
+      case 1: linear_rows<T, 1>(f, b, n, end); break;
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------- entry points
 
 template <class T>
@@ -755,8 +828,8 @@ void activate_array(T* x, int64_t n, bool relu) {
 }  // namespace
 
 template <class T>
-constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,          forward<T>,
-                               backward<T>,   outer_sum<T>,   activate_array<T>};
+constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,   forward<T>,
+                               backward<T>,   outer_sum<T>,   linear<T>, activate_array<T>};
 const TimeLoop<float> f32 = table<float>;
 const TimeLoop<double> f64 = table<double>;
 
