@@ -1,6 +1,6 @@
-// torch.ops.rnnfast.rnn: a whole RNN, as calls of rnn_layer. The loop is that of
-// rnnfast/functional.py, in C++ because at the smallest sizes its steps in Python cost more than
-// the kernel does; being composite, it leaves autograd, autocast and vmap to rnn_layer.
+// torch.ops.rnnfast.rnn and rnn_cell: a whole RNN and a single step, as calls of rnn_layer. The loop
+// is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps in Python cost
+// more than the kernel does; being composite, it leaves autograd, autocast and vmap to rnn_layer.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -48,6 +48,13 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
   return {turned ? x.transpose(0, 1) : x, states == 1 ? final[0].unsqueeze(0) : at::stack(final)};
 }
 
+Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,
+                const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                const std::optional<Tensor>& b_hh, c10::string_view nonlinearity) {
+  return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
+                                    nonlinearity, /*reverse=*/false));
+}
+
 }  // namespace
 }  // namespace rnnfast
 
@@ -60,6 +67,14 @@ TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "str nonlinearity='tanh', bool bias=True, int num_layers=1, float dropout=0.0, "
       "bool bidirectional=False, bool batch_first=False) -> (Tensor out, Tensor h_n)",
       {at::Tag::pt2_compliant_tag});
+  // input [B, I], hx [B, H]; returns the new state [B, H].
+  m.def(
+      "rnn_cell(Tensor input, Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+      "Tensor? b_hh=None, str nonlinearity='tanh') -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, CompositeImplicitAutograd, m) { m.impl("rnn", &rnnfast::rnn); }
+TORCH_LIBRARY_IMPL(rnnfast, CompositeImplicitAutograd, m) {
+  m.impl("rnn", &rnnfast::rnn);
+  m.impl("rnn_cell", &rnnfast::rnn_cell);
+}

@@ -181,6 +181,10 @@ def rnn_cell(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
     backend = backends.select(input)
+    if backend == "cpu" and not torch.compiler.is_compiling():
+        return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
+            input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
+        )
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx

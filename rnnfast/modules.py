@@ -16,6 +16,7 @@ from . import functional
 
 __all__ = ["RNN", "RNNCell"]
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
@@ -182,8 +183,11 @@ class RNNCell(nn.RNNCell):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
+        weights = self._parameters  # itself, as __getattr__ costs a tenth of a small call each time
+        if len(weights) != 4:  # some are parametrized
+            weights = {name: getattr(self, name) for name in _CELL_WEIGHTS}
         h = functional.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
-            self.nonlinearity,
+            input, hx, *(weights[name] for name in _CELL_WEIGHTS),  # type: ignore[arg-type]
+            nonlinearity=self.nonlinearity,
         )  # fmt: skip
         return h if batched else h.squeeze(0)
