@@ -610,8 +610,8 @@ void run(const Cell& cell, const Share& share) {
 //
 // c[m,n] += sum_r a[r,m] b[r,n]: a weight gradient, of dz and what the weight multiplied. Rows are
 // taken in chunks that stay in the first-level cache with all their columns; a chunk's sums start
-// from zero in registers, so that an addition rounds at the size of a chunk's sum (and those of
-// single columns, whose terms do not vary in sign as products do, every 16 rows).
+// from zero in registers, so that an addition rounds at the size of a chunk's sum; the column sums,
+// which have no lanes to spread a bias over, fold every 16 rows.
 
 template <class T, int N>
 struct OuterCell {
