@@ -5,6 +5,7 @@ import os
 import platform
 
 import pytest
+import pytest_benchmark.plugin
 import torch
 
 import rnnfast
@@ -12,6 +13,7 @@ import rnnfast
 from . import measure
 
 RECORDS = pytest.StashKey[list]()
+MACHINE = pytest.StashKey[dict]()
 PINNED = pytest.StashKey[list]()
 
 
@@ -49,6 +51,7 @@ def pytest_configure(config):
         config.stash[PINNED] = measure.pin(option.threads)
     except ValueError as error:
         raise pytest.UsageError(f"--threads: {error}") from None
+    config.stash[MACHINE] = _machine(config)
     config.stash[RECORDS] = []
     option.benchmark_columns = option.benchmark_columns or ["median", "iqr", "min", "rounds"]
 
@@ -60,23 +63,30 @@ def _version(package):
         return None
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
+def pytest_benchmark_generate_machine_info(config):
     """What a figure depends on, saved beside it and read by benchmarks.report."""
+    return config.stash[MACHINE]
+
+
+def _machine(config):
+    """pytest-benchmark's own description, which forks: so before any library starts its threads."""
     peers = ("jax", "onnxruntime", "openvino", "flashrnn")
-    machine_info["rnnfast"] = {
-        "device": config.option.device,
-        "gpu": torch.cuda.get_device_name() if config.option.device == "cuda" else None,
-        "threads": config.option.threads,
-        "cpus": config.stash[PINNED],
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "full": config.option.full,
-        "python": platform.python_version(),
-        "versions": {
-            "rnnfast": rnnfast.__version__,
-            "torch": str(torch.__version__),
-            **{name: version for name in peers if (version := _version(name))},
-        },
-        "extension_error": rnnfast.backends.extension_error,
+    return pytest_benchmark.plugin.pytest_benchmark_generate_machine_info() | {
+        "rnnfast": {
+            "device": config.option.device,
+            "gpu": torch.cuda.get_device_name() if config.option.device == "cuda" else None,
+            "threads": config.option.threads,
+            "cpus": config.stash[PINNED],
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "full": config.option.full,
+            "python": platform.python_version(),
+            "versions": {
+                "rnnfast": rnnfast.__version__,
+                "torch": str(torch.__version__),
+                **{name: version for name in peers if (version := _version(name))},
+            },
+            "extension_error": rnnfast.backends.extension_error,
+        }
     }
 
 

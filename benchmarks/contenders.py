@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -370,6 +371,7 @@ def onnxruntime(problem: Problem, threads: int) -> Entry:
 
 def openvino(problem: Problem, threads: int) -> Entry:
     """OpenVINO on the same model, one stream, float32 (it would choose bfloat16 where it can)."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would fork
     ov = peer("openvino")
     core = ov.Core()
     settings = {
