@@ -35,20 +35,19 @@ class Bar:
     mean: bool = False
     at_most: bool = False
 
-    def judge(self, run: Run, one: Run | None) -> list[str]:
-        """The line: figure, bar, aim, measured, holds, and the cases that fall short."""
-        sign = "<=" if self.at_most else ">="
-        line = [self.figure, f"{sign} {self.bar:.3g}", f"{self.aim:.3g}"]
+    def judge(self, run: Run, one: Run | None) -> tuple[list[str], dict[str, float]]:
+        """The line, as figure, bar, aim, measured and holds; and the cases that fall short."""
+        line = [self.figure, f"{'<=' if self.at_most else '>='} {self.bar:.3g}", f"{self.aim:.3g}"]
         values = self.values(run, one)
         if not values:
-            return [*line, "not measured", "", ""]
+            return [*line, "not measured", ""], {}
+        cases = "1 case" if len(values) == 1 else f"{len(values)} cases"
         if self.mean:
             mean = geomean(values.values())
-            return [*line, f"{mean:.3g} ({len(values)} cases)", self._word(mean), ""]
+            return [*line, f"{mean:.3g} over {cases}", self._word(mean)], {}
         worst = (max if self.at_most else min)(values.values())
-        short = [f"{case}: {v:.3g}" for case, v in values.items() if not self._holds(v)]
-        measured = f"worst {worst:.3g} of {len(values)}" if len(values) > 1 else f"{worst:.3g}"
-        return [*line, measured, self._word(worst), "; ".join(short)]
+        short = {case: v for case, v in values.items() if not self._holds(v)}
+        return [*line, f"{worst:.3g}, worst of {cases}", self._word(worst)], short
 
     def _holds(self, value: float) -> bool:
         return value <= self.bar if self.at_most else value >= self.bar
