@@ -97,9 +97,12 @@ def block(entry: Entry, calls: int) -> float:
 
 
 def warm_up(entry: Entry, at_least: float = 20e-3) -> float:
-    """Run until caches, pools and allocators have settled; return a call's shortest time."""
+    """Run until caches, pools and allocators have settled; return a call's shortest time.
+
+    A long call has settled with the one that was checked before.
+    """
     shortest, spent, calls = math.inf, 0.0, 0
-    while calls < 2 or (spent < at_least and calls < 1000):
+    while calls < 1 or (spent < at_least and calls < 1000):
         seconds = block(entry, 1)
         shortest, spent, calls = min(shortest, seconds), spent + seconds, calls + 1
     return shortest
@@ -112,27 +115,32 @@ def interleave(
 
     Args:
         entries: the contenders by name.
-        seconds: to spend on each contender, about.
+        seconds: to spend on each contender, about. A machine that turns out to be much slower than
+            in the warm-up (it is busy) ends the rounds at three times that.
         least: rounds of blocks at least, however long they last; ``most``: at most.
     """
-    samples, lasts = {}, 0.0
+    samples, wake, lasts = {}, {}, 0.0
     for name, entry in entries.items():
         with entry.around():
             once = warm_up(entry)
         samples[name] = Samples(calls=max(1, math.ceil(BLOCK / once)))
+        wake[name] = once < LONG
         lasts += max(BLOCK, once) + SETTLE
-    rounds = min(most, max(least, round(seconds * len(entries) / lasts)))
+    seconds *= len(entries)
+    rounds = min(most, max(least, round(seconds / lasts)))
+    latest = time.perf_counter() + 3 * seconds
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for n in range(rounds):
+            if n >= least and time.perf_counter() > latest:
+                break
             for name, entry in entries.items():
-                taken = samples[name]
                 with entry.around():
                     time.sleep(SETTLE)
-                    if taken.calls > 1 or not taken.seconds or taken.seconds[-1] < LONG:
+                    if wake[name]:
                         block(entry, 1)
-                    taken.seconds.append(block(entry, taken.calls))
+                    samples[name].seconds.append(block(entry, samples[name].calls))
     finally:
         gc.enable()
     return samples

@@ -1,5 +1,6 @@
 """The instrument checked before it measures: what is recorded, what is reported; no times."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -62,6 +63,12 @@ def test_rounds_follow_the_time_to_spend(clock):
     samples = measure.interleave(entries, seconds=0.2, least=3, most=41)
     assert len(samples["a"].seconds) == len(samples["b"].seconds) == 18  # 0.2 / (0.01 + 0.001)
     assert len(measure.interleave(entries, seconds=9, least=3, most=41)["a"].seconds) == 41
+
+
+def test_a_busy_machine_ends_the_rounds(clock):
+    entry = clock.contender("busy", 0.01)
+    entry.around = lambda: contextlib.nullcontext(clock.sleep(0.1))
+    assert len(measure.interleave({"busy": entry}, seconds=0.2, least=3)["busy"].seconds) == 5
 
 
 def test_a_device_that_runs_behind_is_waited_for(clock):
