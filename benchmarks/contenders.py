@@ -331,7 +331,7 @@ def onnx_model(problem: Problem) -> bytes:
 
 def onnx_inputs(problem: Problem) -> dict[str, Any]:
     """Arrays for the inputs of ``onnx_model``."""
-    states = problem.hx.unflatten(0, (problem.case.num_layers, -1))
+    states = problem.hx.chunk(problem.case.num_layers)
     return {"x": problem.x.numpy()} | {
         f"h{i}": h.contiguous().numpy() for i, h in enumerate(states)
     }

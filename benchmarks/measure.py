@@ -82,13 +82,13 @@ def block(entry: Entry, calls: int) -> float:
     """Seconds that a call takes, over a block of calls."""
     value = None
     if entry.events:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore
         begin.record()
         for _ in range(calls):
             entry.call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / calls
+        return float(begin.elapsed_time(end)) * 1e-3 / calls
     start = time.perf_counter()
     for _ in range(calls):
         value = entry.call()
@@ -274,6 +274,8 @@ def _peak(events: list[tuple[int, int]]) -> int:
 
 def _seconds(call: Callable[[], Any], device: str, times: int = 3) -> float:
     entry = Entry(call, lambda value: {}, events=device == "cuda")
+    if device == "cuda":
+        call()  # the first loads the library
     return statistics.median(block(entry, 1) for _ in range(times))
 
 

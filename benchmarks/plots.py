@@ -144,7 +144,7 @@ def _lines(axis: Axes, run: Run, groups: list[Group], letter: str) -> None:
     groups = sorted(groups, key=x)
     for name in _names(groups):
         found = [(x(g), g.by[name].seconds * 1e3) for g in groups if name in g.by]
-        heavy = {"lw": 2.2, "zorder": 3} if name == OURS else {"lw": 1.2}
+        heavy: dict[str, Any] = {"lw": 2.2, "zorder": 3} if name == OURS else {"lw": 1.2}
         axis.plot(*zip(*found, strict=True), **_style(name), ms=4.5, label=name, **heavy)
     sgemm = [(x(g), g.case.flops / run.sgemm * 1e3) for g in groups]
     axis.plot(*zip(*sgemm, strict=True), "--", color="black", lw=1, label="limit: sgemm rate")

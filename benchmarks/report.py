@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from tabulate import tabulate  # type: ignore[import-untyped]
 
 from .cases import PUBLIC, Case
 
@@ -164,14 +164,14 @@ def duration(seconds: float) -> str:
 def markdown(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """A Markdown table, numbers to the right."""
     align = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return str(tabulate(rows, header, tablefmt="pipe", colalign=align, disable_numparse=True))
 
 
 def summary(records: Iterable[dict[str, Any]]) -> str:
     """What the terminal shows at the end of a run: all contenders of all groups."""
     records = list(records)
     rate = statistics.median(sgemm_samples(records))
-    rows = []
+    rows: list[list[Any]] = []
     for group in groups(records):
         base = group.by.get(NN)
         for name, m in group.by.items():
@@ -201,7 +201,8 @@ def readme_table(run: Run) -> str:
     header = ["B, T, I, H"]
     for work in ("inference", "training"):
         header += [f"{work}: nn.RNN", "rnnfast", "times as fast", "best peer"]
-    rows, ratios = [], {}
+    rows: list[list[str]] = []
+    ratios: dict[str, list[tuple[float, float]]] = {}
     for shape in PUBLIC:
         row = [", ".join(map(str, shape))]
         for work in ("inference", "training"):
@@ -222,8 +223,8 @@ def readme_table(run: Run) -> str:
     for work in ("inference", "training"):
         pairs = ratios.get(work)
         if pairs:
-            theirs, best = (geomean(p) for p in zip(*pairs, strict=True))
-            mean += ["", "", f"**{theirs:.2f}**", f"{best:.2f} times its speed"]
+            of_nn, of_best = (geomean(p) for p in zip(*pairs, strict=True))
+            mean += ["", "", f"**{of_nn:.2f}**", f"{of_best:.2f} times its speed"]
         else:
             mean += [""] * 4
     return markdown([*rows, mean], header) + f"\n\n{run.caption()}"
@@ -276,9 +277,9 @@ def _times(run: Run, found: list[Group], names: list[str]) -> str:
         )
     grid = [g for work in ("inference", "training") for g in run.grid(work) if g in found]
     if grid:
-        theirs = geomean(g.ratio(NN) for g in grid)
-        best = geomean(g.ratio(g.best_peer) for g in grid)
-        mean = [f"**{theirs:.2f}**", f"{best:.2f}"]
+        of_nn = geomean(g.ratio(NN) for g in grid)
+        of_best = geomean(g.ratio(g.best_peer) for g in grid)
+        mean = [f"**{of_nn:.2f}**", f"{of_best:.2f}"]
         rows.append(["geometric mean without the sweeps", *[""] * len(names), *mean, "", ""])
     return markdown(rows, header)
 
