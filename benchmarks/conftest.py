@@ -40,6 +40,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     option = config.option
+    if option.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU here")
     if option.device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     else:  # float32 means float32 for all, and JAX takes what memory it needs
@@ -72,6 +74,8 @@ def _machine(config):
     """pytest-benchmark's own description, which forks: so before any library starts its threads."""
     peers = ("jax", "onnxruntime", "openvino", "flashrnn")
     return pytest_benchmark.plugin.pytest_benchmark_generate_machine_info() | {
+        "node": "",  # a result file is published: no name of a machine, folder or branch
+        "release": platform.release().split("-")[0],
         "rnnfast": {
             "device": config.option.device,
             "gpu": torch.cuda.get_device_name() if config.option.device == "cuda" else None,
@@ -86,8 +90,18 @@ def _machine(config):
                 **{name: version for name in peers if (version := _version(name))},
             },
             "extension_error": rnnfast.backends.extension_error,
-        }
+        },
     }
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    commit_info["project"] = "rnnfast"
+    commit_info.pop("branch", None)
+
+
+def pytest_benchmark_update_json(output_json):
+    for benchmark in output_json["benchmarks"]:  # extra_info says it all, in better words
+        benchmark |= {"params": None, "options": {}}
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -133,6 +133,15 @@ def test_peak_memory_of_a_step_is_what_it_does_not_leave():
     assert measure._bytes([leaves, leaves[:3]]) == 4 * 1000
 
 
+def test_peak_memory_on_a_gpu_leaves_out_what_was_there(monkeypatch):
+    out, grad = torch.zeros(50), torch.zeros(25)  # the gradient of the step before is there too
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1700)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    entry = Entry(lambda: (out,), lambda value: {}, live=lambda value: [*value, grad])
+    assert measure.peak_bytes(entry, "cuda") == 1700 - (1000 - 100) - (200 + 100)
+
+
 def test_error_is_relative_and_of_the_worst_tensor():
     truth = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64), "b": torch.ones(4).double()}
     results = {"a": torch.tensor([3.0, 4.5]), "b": torch.ones(4)}
