@@ -222,8 +222,9 @@ def peak_bytes(entry: Entry, device: str) -> int:
 
     Everything that torch's allocator handed out and had not yet got back, counted at each
     allocation, from the start of a step; less the output, the last states and the gradients. On a
-    CPU the profiler reports every allocation and release; the libraries' private buffers (MKL's
-    packed panels) do not pass through torch's allocator and are not seen, of either contender.
+    CPU the profiler reports each allocation and release, but only those of the calling thread, so
+    the step runs on one thread. What libraries keep for themselves (MKL's packed panels) does not
+    pass through torch's allocator and is not seen, of either contender.
     """
     assert entry.live is not None
     with entry.around():
@@ -233,10 +234,15 @@ def peak_bytes(entry: Entry, device: str) -> int:
             torch.cuda.reset_peak_memory_stats()
             left = _bytes(entry.live(entry.call()))
             return torch.cuda.max_memory_allocated() - before - left
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            value = entry.call()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile:
+                value = entry.call()
+        finally:
+            torch.set_num_threads(threads)
     return _peak(_memory_events(profile)) - _bytes(entry.live(value))
 
 
