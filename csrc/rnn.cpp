@@ -51,8 +51,10 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
 Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,
                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
                 const std::optional<Tensor>& b_hh, c10::string_view nonlinearity) {
-  return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
-                                    nonlinearity, /*reverse=*/false));
+  // The output, which the backward keeps anyhow, rather than its copy h_n.
+  return std::get<0>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
+                                    nonlinearity, /*reverse=*/false))
+      .squeeze(0);
 }
 
 }  // namespace

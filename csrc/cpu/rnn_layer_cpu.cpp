@@ -500,11 +500,6 @@ bool is_reduced(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
 }
 
-// 16-bit types are storage: the arithmetic, and the state from step to step, are float32.
-std::optional<Tensor> widened(const std::optional<Tensor>& x) {
-  return x ? std::optional<Tensor>(x->to(at::kFloat)) : x;
-}
-
 void check_dtype(const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || is_reduced(input),
@@ -512,27 +507,157 @@ void check_dtype(const Tensor& input) {
       input.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> rnn_layer(const Tensor& input, const std::optional<Tensor>& hx,
-                                     const Tensor& w_ih, const Tensor& w_hh,
-                                     const std::optional<Tensor>& b_ih,
-                                     const std::optional<Tensor>& b_hh,
-                                     const std::optional<Tensor>& batch_sizes,
-                                     c10::string_view nonlinearity, bool reverse) {
+using OptionalTensor = std::optional<Tensor>;
+using Outputs = std::tuple<Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs rnn_layer(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                  c10::string_view, bool);
+Gradients rnn_layer_backward(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                             const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const OptionalTensor&, c10::string_view, bool, std::array<bool, 5>);
+
+// ------------------------------------------------------------------------------- 16-bit storage
+//
+// bfloat16 and float16 are storage: the arithmetic, and the state from step to step, are float32.
+// The steps are taken in stretches, each widened when its turn comes, so that no tensor ever has a
+// whole float32 copy. A stretch has rows enough for packing the weights again not to matter.
+
+constexpr int64_t kStretchRows = 512;
+
+struct Stretch {
+  int64_t begin, end;      // steps
+  int64_t row, rows;       // of a packed tensor
+  int64_t live;            // rows of step `begin`
+};
+
+// In the order of the forward, or against it.
+std::vector<Stretch> stretches_of(const Steps& steps, bool backward) {
+  std::vector<Stretch> found;
+  const int64_t T = steps.walk.seq_len;
+  for (int64_t t = 0, row = 0; t < T;) {
+    Stretch s{t, t, row, 0, steps.walk.live(t)};
+    while (s.end < T && s.rows < kStretchRows) s.rows += steps.walk.live(s.end++);
+    found.push_back(s);
+    t = s.end;
+    row += s.rows;
+  }
+  if (steps.walk.reverse != backward) std::reverse(found.begin(), found.end());
+  return found;
+}
+
+OptionalTensor widened(const OptionalTensor& x) {
+  return x ? OptionalTensor(x->to(at::kFloat)) : std::nullopt;
+}
+
+struct Narrowing {
+  const Steps& steps;
+  const OptionalTensor& batch_sizes;
+
+  // The stretch's steps of a [T, B, F] or packed [rows, F] tensor.
+  Tensor part(const Tensor& x, const Stretch& s) const {
+    return steps.packed() ? x.narrow(0, s.row, s.rows) : x.narrow(0, s.begin, s.end - s.begin);
+  }
+  OptionalTensor part(const OptionalTensor& x, const Stretch& s) const {
+    return x ? OptionalTensor(part(*x, s).to(at::kFloat)) : std::nullopt;
+  }
+  OptionalTensor sizes(const Stretch& s) const {
+    return batch_sizes ? OptionalTensor(batch_sizes->narrow(0, s.begin, s.end - s.begin))
+                       : std::nullopt;
+  }
+
+  // The state in which the forward came to the stretch.
+  OptionalTensor state_before(const Stretch& s, const OptionalTensor& hx, const Tensor& out) const {
+    const int64_t t = steps.walk.reverse ? s.end : s.begin - 1;
+    if (t < 0 || t >= steps.walk.seq_len) return hx ? widened(hx->narrow(0, 0, s.live)) : hx;
+    const int64_t carried = std::min(steps.walk.live(t), s.live);
+    const Tensor h = steps.packed() ? out.narrow(0, steps.first_row[t], carried)
+                                    : out.select(0, t).narrow(0, 0, carried);
+    if (carried == s.live) return widened(h);
+    Tensor state = at::zeros({s.live, out.size(-1)}, out.options().dtype(at::kFloat));
+    if (hx) state.copy_(hx->narrow(0, 0, s.live));
+    state.narrow(0, 0, carried).copy_(h);
+    return state;
+  }
+};
+
+Outputs narrow_rnn_layer(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
+                         const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                         const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
+                         c10::string_view nonlinearity, bool reverse, const Tensor& out) {
+  const Narrowing narrow{steps, batch_sizes};
+  const Tensor w_ih_ = w_ih.to(at::kFloat), w_hh_ = w_hh.to(at::kFloat);
+  const OptionalTensor b_ih_ = widened(b_ih), b_hh_ = widened(b_hh);
+  Tensor state = hx ? hx->to(at::kFloat)
+                    : at::zeros({steps.walk.batch, w_hh.size(0)}, w_hh_.options());
+  for (const Stretch& s : stretches_of(steps, /*backward=*/false)) {
+    Tensor h = state.narrow(0, 0, s.live);
+    const auto [o, h_n] = rnn_layer(narrow.part(input, s).to(at::kFloat), h, w_ih_, w_hh_, b_ih_,
+                                    b_hh_, narrow.sizes(s), nonlinearity, reverse);
+    narrow.part(out, s).copy_(o);
+    h.copy_(h_n);
+  }
+  return {out, state.to(input.scalar_type())};
+}
+
+Gradients narrow_rnn_layer_backward(const Steps& steps, const OptionalTensor& grad_out,
+                                    const OptionalTensor& grad_h_n, const Tensor& input,
+                                    const OptionalTensor& hx, const Tensor& w_ih,
+                                    const Tensor& w_hh, const Tensor& out,
+                                    const OptionalTensor& batch_sizes,
+                                    c10::string_view nonlinearity, bool reverse,
+                                    std::array<bool, 5> output_mask) {
+  const Narrowing narrow{steps, batch_sizes};
+  const Tensor w_ih_ = w_ih.to(at::kFloat), w_hh_ = w_hh.to(at::kFloat);
+  Tensor d_x = output_mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
+  // Of the state behind each sequence's last step so far, the gradient of h_n to begin with.
+  Tensor d_h = at::zeros({steps.walk.batch, w_hh.size(0)}, w_hh_.options());
+  if (grad_h_n) d_h.copy_(*grad_h_n);
+  std::array<Tensor, 3> sums;  // d_w_ih, d_w_hh, d_b
+  for (const Stretch& s : stretches_of(steps, /*backward=*/true)) {
+    const OptionalTensor before = narrow.state_before(s, hx, out);
+    Tensor d_state = d_h.narrow(0, 0, s.live);
+    const auto [d_x_s, d_h_s, d_w_ih, d_w_hh, d_b] = rnn_layer_backward(
+        narrow.part(grad_out, s), d_state, narrow.part(input, s).to(at::kFloat), before, w_ih_,
+        w_hh_, narrow.part(out, s).to(at::kFloat), narrow.sizes(s), nonlinearity, reverse,
+        {output_mask[0], true, output_mask[2], output_mask[3], output_mask[4]});
+    if (d_x.defined()) narrow.part(d_x, s).copy_(d_x_s);
+    if (before) d_state.copy_(d_h_s);
+    const std::array<Tensor, 3> terms = {d_w_ih, d_w_hh, d_b};
+    for (size_t i = 0; i < terms.size(); ++i) {
+      if (!terms[i].defined()) continue;
+      if (sums[i].defined()) {
+        sums[i].add_(terms[i]);
+      } else {
+        sums[i] = terms[i];
+      }
+    }
+  }
+  const auto narrowed = [&](const Tensor& x) {
+    return x.defined() ? x.to(input.scalar_type()) : x;
+  };
+  return {d_x, hx && output_mask[1] ? narrowed(d_h) : Tensor(), narrowed(sums[0]),
+          narrowed(sums[1]), narrowed(sums[2])};
+}
+
+// --------------------------------------------------------------------------------------- the ops
+
+Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                  const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                  const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool reverse) {
   NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   check_layer(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity);
   check_dtype(input);
-  if (is_reduced(input)) {
-    auto [out, h_n] =
-        rnn_layer(input.to(at::kFloat), widened(hx), w_ih.to(at::kFloat), w_hh.to(at::kFloat),
-                  widened(b_ih), widened(b_hh), batch_sizes, nonlinearity, reverse);
-    return {out.to(input.scalar_type()), h_n.to(input.scalar_type())};
-  }
-
   const Steps steps(input, batch_sizes, reverse);
   const int64_t H = w_hh.size(0);
   Tensor out = steps.packed() ? at::empty({steps.rows, H}, input.options())
                               : at::empty({steps.walk.seq_len, steps.walk.batch, H}, input.options());
   if (steps.rows == 0) return {out, at::empty({0, H}, input.options())};
+  if (is_reduced(input)) {
+    return narrow_rnn_layer(steps, input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity,
+                            reverse, out);
+  }
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
     const auto run = worth_no_packing(steps) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
     run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
@@ -542,26 +667,15 @@ std::tuple<Tensor, Tensor> rnn_layer(const Tensor& input, const std::optional<Te
   return {out, h_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
-    const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_h_n,
-    const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih, const Tensor& w_hh,
-    const Tensor& out, const std::optional<Tensor>& batch_sizes, c10::string_view nonlinearity,
-    bool reverse, std::array<bool, 5> output_mask) {
+Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                             const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                             const Tensor& w_hh, const Tensor& out,
+                             const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+                             bool reverse, std::array<bool, 5> output_mask) {
   NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   check_layer(input, hx, w_ih, w_hh, {}, {}, batch_sizes, nonlinearity);
   check_layer_grads(grad_out, grad_h_n, input, w_hh, out, batch_sizes);
   check_dtype(input);
-  if (is_reduced(input)) {
-    auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = rnn_layer_backward(
-        widened(grad_out), widened(grad_h_n), input.to(at::kFloat), widened(hx),
-        w_ih.to(at::kFloat), w_hh.to(at::kFloat), out.to(at::kFloat), batch_sizes, nonlinearity,
-        reverse, output_mask);
-    const auto narrowed = [&](const Tensor& x) {
-      return x.defined() ? x.to(input.scalar_type()) : x;
-    };
-    return {narrowed(d_x), narrowed(d_h), narrowed(d_w_ih), narrowed(d_w_hh), narrowed(d_b)};
-  }
-
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const Steps steps(input, batch_sizes, reverse);
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
@@ -573,6 +687,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
             zeros(need_w_hh, {H, H}), zeros(need_b, {H})};
   }
 
+  if (is_reduced(input)) {
+    return narrow_rnn_layer_backward(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out,
+                                     batch_sizes, nonlinearity, reverse, output_mask);
+  }
   const bool relu = nonlinearity == "relu";
   Tensor dz;
   if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
