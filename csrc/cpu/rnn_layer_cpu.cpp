@@ -310,11 +310,11 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const std::option
   }
 }
 
-// The same question for the backward, whose products go to the library instead: 4 us a call, and
-// nothing where there is but one step.
+// The same question for the backward, whose few products go to the library: 4 us a call, and slower
+// ones with so few rows. A single step has none.
 bool worth_steps_of_library(const Steps& steps, int64_t H) {
-  return !steps.packed() && steps.rows <= 128 &&
-      0.65 * H * H > 4000.0 * (steps.walk.seq_len - 1);
+  const int64_t T = steps.walk.seq_len;
+  return !steps.packed() && (T == 1 || (steps.rows <= 24 && 0.65 * H * H > 4000.0 * (T - 1)));
 }
 
 Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_out,
