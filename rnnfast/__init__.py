@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import backends, functional
 from .backends import FallbackWarning, backend
 from .modules import RNN, RNNCell
+from .swapping import patch, restore, swap
 
 if backends.extension_error is None:
     from . import ops
@@ -16,4 +17,13 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["RNN", "FallbackWarning", "RNNCell", "backend", "functional"]
+__all__ = [
+    "RNN",
+    "FallbackWarning",
+    "RNNCell",
+    "backend",
+    "functional",
+    "patch",
+    "restore",
+    "swap",
+]
