@@ -8,9 +8,10 @@ from .modules import RNN, RNNCell
 from .swapping import patch, restore, swap
 
 if backends.extension_error is None:
-    from . import ops
+    from . import batching, ops
 
     ops.register()
+    batching.register()
 
 try:
     __version__ = version("rnnfast")
