@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, functional
+from . import backends, functional, onnx
 from .backends import FallbackWarning, backend
 from .modules import RNN, RNNCell
 from .swapping import patch, restore, swap
@@ -24,6 +24,7 @@ __all__ = [
     "RNNCell",
     "backend",
     "functional",
+    "onnx",
     "patch",
     "restore",
     "swap",

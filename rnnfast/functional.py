@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import _VF, Tensor
 
-from . import backends, reference
+from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
 
@@ -69,7 +69,13 @@ def rnn(
             f"got {list(hx.shape)}"
         )
 
-    backend = backends.select(input)
+    if onnx.exporting():
+        return onnx.rnn(
+            input, hx, weights, batch_sizes=batch_sizes, nonlinearity=nonlinearity, bias=bias,
+            num_layers=num_layers, dropout=dropout, training=training,
+            bidirectional=bidirectional, batch_first=batch_first,
+        )  # fmt: skip
+    backend = "torch" if onnx.exporting_torchscript() else backends.select(input)
     if backend == "torch":
         return _torch_rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
@@ -174,7 +180,10 @@ def rnn_cell(
         raise RuntimeError(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
-    backend = backends.select(input)
+    exporting = (
+        onnx.exporting() or onnx.exporting_torchscript()
+    )  # ONNX has no cell: plain operators
+    backend = "reference" if exporting else backends.select(input)
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
