@@ -31,6 +31,9 @@ SAMPLES = {
     "no state, no bias": lambda: _without(layer(4, 3, 2, 5, requires_grad=True)),
     "packed": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], False),
     "packed reverse": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], True),
+    "batch first": lambda: _transposed(layer(3, 4, 2, 5, requires_grad=True)),
+    "empty batch": lambda: (*layer(4, 0, 2, 5, requires_grad=True), None, "tanh", False),
+    "one step": lambda: (*layer(1, 3, 2, 5, requires_grad=True), None, "tanh", False),
     "bfloat16": lambda: (*layer(4, 3, 2, 5, torch.bfloat16), None, "tanh", False),
 }
 
@@ -38,6 +41,11 @@ SAMPLES = {
 def _without(args):
     x, _, w_ih, w_hh, _, _ = args
     return x, None, w_ih, w_hh, None, None, None, "tanh", False
+
+
+def _transposed(args):
+    x, _, *weights = args
+    return x.detach().transpose(0, 1).requires_grad_(), None, *weights, None, "relu", False
 
 
 def _packed(args, sizes, reverse):
@@ -67,6 +75,17 @@ def test_opcheck(sample):
         torch.ops.rnnfast.rnn_layer_backward.default,
         (*grads, x, h, w_ih, w_hh, out, sizes, nonlinearity, reverse, mask),
     )
+
+
+def test_no_op_is_left_unchecked():
+    """The two above; _tanh here; the reference's backward is made of ATen's ops when called."""
+    torch.library.opcheck(torch.ops.rnnfast._tanh.default, (torch.randn(7),))
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
+    checked = {"rnn_layer", "rnn_layer_backward", "_tanh"}
+    assert names == {f"rnnfast::{n}" for n in checked | {"_rnn_layer_backward_reference"}}
+    for name in names:
+        schema = torch._C._get_schema(name, "")
+        assert not any(x.alias_info for x in (*schema.arguments, *schema.returns)), name
 
 
 BAD = {
