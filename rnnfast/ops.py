@@ -72,7 +72,8 @@ def _fake_rnn_layer_backward(
 
 def _flops(input: Any, hx: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
     """Of the products alone, two per multiply-add, as torch.utils.flop_counter counts others."""
-    return 2 * math.prod(input[:-1]) * w_hh[0] * (w_ih[1] + w_hh[0])
+    flops: int = 2 * math.prod(input[:-1]) * w_hh[0] * (w_ih[1] + w_hh[0])
+    return flops
 
 
 def _backward_flops(
