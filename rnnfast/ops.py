@@ -1,4 +1,4 @@
-"""The Python half of ``torch.ops.rnnfast``: fake kernels, FLOPs and a differentiable backward.
+"""The Python half of ``torch.ops.rnnfast``: fake kernels, FLOPs and the double backward.
 
 Schemas, autograd nodes and kernels are C++ (``csrc/op.cpp``). Nothing here is on the path of a
 forward or of an ordinary backward.
@@ -99,8 +99,7 @@ def register() -> None:
     register_flop_formula(torch.ops.rnnfast.rnn_layer)(_flops)
     register_flop_formula(torch.ops.rnnfast.rnn_layer_backward)(_backward_flops)
     _library = torch.library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
-    _library.impl(  # type: ignore[no-untyped-call]
-        "_rnn_layer_backward_reference",
-        reference.rnn_layer_backward,
-        "CompositeImplicitAutograd",
-    )
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _library.impl(  # type: ignore[no-untyped-call]
+            "_rnn_layer_double_backward", reference.rnn_layer_double_backward, key
+        )

@@ -219,6 +219,7 @@ def test_jacobians_are_those_of_nn_rnn(backend):
     expected = torch.autograd.functional.hessian(of_weight(theirs), w)
     with rnnfast.backend("auto" if backend == "cpu" else backend):
         same(hessian(of_weight(ours))(w), expected)
+    same(jacrev(jacrev(of_weight(ours)))(w), expected)
 
 
 def test_dropout_under_vmap_needs_a_choice_and_takes_it(backend):
