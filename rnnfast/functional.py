@@ -69,13 +69,14 @@ def rnn(
             f"got {list(hx.shape)}"
         )
 
-    if onnx.exporting():
+    exporter = onnx.exporter()
+    if exporter == "export":
         return onnx.rnn(
             input, hx, weights, batch_sizes=batch_sizes, nonlinearity=nonlinearity, bias=bias,
             num_layers=num_layers, dropout=dropout, training=training,
             bidirectional=bidirectional, batch_first=batch_first,
         )  # fmt: skip
-    backend = "torch" if onnx.exporting_torchscript() else backends.select(input)
+    backend = "torch" if exporter == "torchscript" else backends.select(input)
     if backend == "torch":
         return _torch_rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
@@ -180,10 +181,8 @@ def rnn_cell(
         raise RuntimeError(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
-    exporting = (
-        onnx.exporting() or onnx.exporting_torchscript()
-    )  # ONNX has no cell: plain operators
-    backend = "reference" if exporting else backends.select(input)
+    # ONNX has no cell, and takes plain operators.
+    backend = "reference" if onnx.exporter() else backends.select(input)
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx

@@ -10,14 +10,17 @@ The operator: https://onnx.ai/onnx/operators/onnx__RNN.html
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state  # as nn.Module.__call__ does: the cheapest for every call
+from torch.compiler import is_exporting
 
-__all__ = ["exporting", "exporting_torchscript", "rnn", "translation_table"]
+__all__ = ["exporter", "rnn", "translation_table"]
 
 _ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu"}
 _NO_PACKED = (
@@ -26,15 +29,12 @@ _NO_PACKED = (
 )
 
 
-def exporting() -> bool:
-    """Whether ``torch.onnx.export`` runs, by way of ``torch.export`` (its default)."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-
-
-def exporting_torchscript() -> bool:
-    """Whether the older exporter runs, ``torch.onnx.export(..., dynamo=False)``."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing and torch.onnx.is_in_onnx_export()
+def exporter() -> str | None:
+    """``"export"`` or ``"torchscript"`` (``dynamo=False``) while ``torch.onnx.export`` runs."""
+    tracing = _get_tracing_state() is not None
+    if not (tracing or is_exporting()) or not torch.onnx.is_in_onnx_export():
+        return None
+    return "torchscript" if tracing else "export"
 
 
 def rnn(
@@ -57,6 +57,7 @@ def rnn(
         RuntimeError: packed input, which the operator does not take.
     """
     if batch_sizes is not None:
+        warnings.warn(_NO_PACKED, stacklevel=3)  # the exporter swallows errors and tries other ways
         raise RuntimeError(_NO_PACKED)
     directions, hidden_size = 1 + bidirectional, weights[1].shape[0]
     per_layer = directions * (4 if bias else 2)
