@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -191,6 +192,9 @@ struct RnnLayerDoubleBackward : torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& gg) override {
+    if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) {
+      return variable_list(7);
+    }
     std::array<Tensor, 7> x;
     for (size_t i = 0; i < x.size(); ++i) x[i] = saved[i].unpack();
     auto [d_grad_out, d_grad_h_n, d_input, d_hx, d_w_ih, d_w_hh, d_out] =

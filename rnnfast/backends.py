@@ -7,7 +7,8 @@ cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a fl
                                                      the extension is built for this torch
 torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
                                                      never slower than nn.RNN there
-reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, and forward-mode derivatives
+reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and
+                                                     torch.vmap on devices without a kernel of ours
 ==========  =======================================  ==============================================
 
 ``RNNFAST_BACKEND=NAME`` or ``with rnnfast.backend(NAME)`` forces one; a forced backend that cannot
@@ -114,6 +115,13 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _vmapped() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def _why_not_cpu(input: Tensor) -> str | None:
     if extension_error is not None:
         return extension_error
@@ -177,7 +185,9 @@ def chosen(input: Tensor) -> str:
     """The table's choice for this input where nothing is forced."""
     if _why_not_cpu(input) is None:
         return "cpu"
-    return "reference" if input.device.type in ("cpu", "meta") or _forward_mode() else "torch"
+    if input.device.type in ("cpu", "meta") or _forward_mode() or _vmapped():  # not PyTorch's own
+        return "reference"
+    return "torch"
 
 
 def select(input: Tensor) -> str:

@@ -450,9 +450,7 @@ def test_functional_rnn_on_raw_weights(backend):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("sizes", [None, [4, 3, 3, 1]])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_the_written_derivatives_are_those_of_the_written_forward(
-    nonlinearity, reverse, sizes, with_state
-):
+def test_reference_derivatives_are_those_of_its_forward(nonlinearity, reverse, sizes, with_state):
     """The specification agrees with itself: its backward and double backward against autograd."""
     torch.manual_seed(0)
     shape = (4, 4, 3) if sizes is None else (sum(sizes), 3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import assert_same, pair, ramp
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
@@ -238,6 +239,17 @@ def test_nn_rnn_cannot_be_vmapped():
     theirs = nn.RNN(I, H)
     with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::rnn_tanh"):
         vmap(lambda x: theirs(x)[0])(torch.randn(N, T, B, I))
+
+
+def test_a_device_without_a_kernel_runs_vmap_on_the_reference():
+    """PyTorch's own RNN has no batching rule there either."""
+    with FakeTensorMode():
+        x = torch.empty(T, B, I, device="cuda")
+    seen = []
+    vmap(lambda y: seen.append(rnnfast.backends.chosen(x)) or y)(torch.zeros(N))
+    grad(lambda y: seen.append(rnnfast.backends.chosen(x)) or y)(torch.zeros(()))
+    assert seen == ["reference", "torch"]
+    assert rnnfast.backends.chosen(x) == "torch"
 
 
 def test_cell_under_vmap_of_grad(backend):
