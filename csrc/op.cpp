@@ -97,8 +97,6 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
   }
 }
 
-namespace {
-
 // ----------------------------------------------------------------------------------- the ops
 
 using Outputs = std::tuple<Tensor, Tensor>;
@@ -113,6 +111,8 @@ Outputs call_rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tens
                        .typed<decltype(call_rnn_layer)>();
   return op.call(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse);
 }
+
+namespace {
 
 Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
                                   const Tensor& input, const OptionalTensor& hx,

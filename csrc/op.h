@@ -1,10 +1,11 @@
-// What every backend of torch.ops.rnnfast.* shares: the checks of the ops' arguments.
+// What the files of the ops share: the checks of their arguments, and the call of the one op.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
 
 #include <optional>
+#include <tuple>
 
 namespace rnnfast {
 
@@ -19,5 +20,12 @@ void check_layer_grads(const std::optional<at::Tensor>& grad_out,
                        const std::optional<at::Tensor>& grad_h_n, const at::Tensor& input,
                        const at::Tensor& w_hh, const at::Tensor& out,
                        const std::optional<at::Tensor>& batch_sizes);
+
+// Calls torch.ops.rnnfast.rnn_layer through the dispatcher.
+std::tuple<at::Tensor, at::Tensor> call_rnn_layer(
+    const at::Tensor& input, const std::optional<at::Tensor>& hx, const at::Tensor& w_ih,
+    const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
+    const std::optional<at::Tensor>& b_hh, const std::optional<at::Tensor>& batch_sizes,
+    c10::string_view nonlinearity, bool reverse);
 
 }  // namespace rnnfast

@@ -111,10 +111,6 @@ def _warn_fallback() -> None:
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
 def _vmapped() -> bool:
     if torch.compiler.is_compiling():
         return False
@@ -125,11 +121,11 @@ def _vmapped() -> bool:
 def _why_not_cpu(input: Tensor) -> str | None:
     if extension_error is not None:
         return extension_error
-    if input.device.type not in ("cpu", "meta"):
+    if not (input.is_cpu or input.is_meta):
         return f"the input is on {input.device}, not on the CPU."
     if input.dtype not in _CPU_DTYPES:
         return f"{input.dtype} is none of float32, float64, bfloat16, float16."
-    if _forward_mode():
+    if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
     return None
 
@@ -185,7 +181,7 @@ def chosen(input: Tensor) -> str:
     """The table's choice for this input where nothing is forced."""
     if _why_not_cpu(input) is None:
         return "cpu"
-    if input.device.type in ("cpu", "meta") or _forward_mode() or _vmapped():  # not PyTorch's own
+    if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
         return "reference"
     return "torch"
 

@@ -20,7 +20,6 @@ def rnn(
     input: Tensor,
     hx: Tensor | None,
     weights: Sequence[Tensor],
-    *,
     batch_sizes: Tensor | None = None,
     nonlinearity: str = "tanh",
     bias: bool = True,
@@ -55,6 +54,14 @@ def rnn(
     Raises:
         RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
     """
+    backend = backends.select(input)
+    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+        # The loop below, without its overhead.
+        drop = dropout if training else 0.0
+        return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
+            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
+            batch_first,
+        )  # fmt: skip
     directions = 2 if bidirectional else 1
     per_layer = 4 if bias else 2
     if len(weights) != per_layer * directions * num_layers:
@@ -76,8 +83,7 @@ def rnn(
             num_layers=num_layers, dropout=dropout, training=training,
             bidirectional=bidirectional, batch_first=batch_first,
         )  # fmt: skip
-    backend = "torch" if exporter == "torchscript" else backends.select(input)
-    if backend == "torch":
+    if backend == "torch" or exporter == "torchscript":
         return _torch_rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
             bidirectional, batch_first,
@@ -181,8 +187,13 @@ def rnn_cell(
         raise RuntimeError(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
-    # ONNX has no cell, and takes plain operators.
-    backend = "reference" if onnx.exporter() else backends.select(input)
+    backend = backends.select(input)
+    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+        return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
+            input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
+        )
+    if onnx.exporter():  # ONNX has no cell, and takes plain operators
+        backend = "reference"
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx

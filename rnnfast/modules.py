@@ -17,6 +17,7 @@ from . import functional
 
 __all__ = ["RNN", "RNNCell"]
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
@@ -102,7 +103,7 @@ class RNN(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the RNN; shapes and errors are those of the class."""
-        self._update_flat_weights()
+        self._refresh_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -140,18 +141,22 @@ class RNN(nn.RNNBase):
         else:
             self.check_forward_args(input, hx, batch_sizes)
         return functional.rnn(
-            input,
-            hx,
-            self._flat_weights,  # type: ignore[arg-type]
-            batch_sizes=batch_sizes,
-            nonlinearity="relu" if self.mode == "RNN_RELU" else "tanh",
-            bias=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-        )
+            input, hx, self._flat_weights,  # type: ignore[arg-type]
+            batch_sizes, "relu" if self.mode == "RNN_RELU" else "tanh", self.bias, self.num_layers,
+            self.dropout, self.training, self.bidirectional, self.batch_first,
+        )  # fmt: skip
+
+    def _refresh_flat_weights(self) -> None:
+        """Make ``_flat_weights`` the current weights, as nn.RNN does before each call.
+
+        Its check reads every weight through ``getattr``, which costs as much as a small call; so
+        it is asked only where a weight is not the parameter that it was.
+        """
+        parameters = self._parameters
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True):
+            if parameters.get(name) is not weight:
+                self._update_flat_weights()
+                return
 
 
 class RNNCell(nn.RNNCell):
@@ -179,8 +184,11 @@ class RNNCell(nn.RNNCell):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
-        h = functional.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
-            self.nonlinearity,
+        weights = self._parameters  # itself, as __getattr__ costs a tenth of a small call each time
+        if len(weights) != 4:  # some are parametrized
+            weights = {name: getattr(self, name) for name in _CELL_WEIGHTS}
+        h = functional.rnn_cell(  # type: ignore[misc]
+            input, hx, *(weights[name] for name in _CELL_WEIGHTS),  # type: ignore[arg-type]
+            nonlinearity=self.nonlinearity,
         )  # fmt: skip
         return h if batched else h.squeeze(0)

@@ -39,7 +39,8 @@ def test_structures(backend, structure, batch_first, with_state, dtype):
     compare(theirs, ours, x, hx)
 
 
-# Every block of the register tiling, with and without remainders, and both projections.
+# B, T, I, H: every block of the register tiling, with and without remainders; both projections;
+# few rows, whose weights are not packed, and many; small and large weight gradients.
 SIZES = [
     (1, 1, 1, 1),
     (1, 3, 2, 5),
@@ -47,16 +48,25 @@ SIZES = [
     (3, 5, 4, 17),
     (5, 2, 9, 31),
     (7, 3, 8, 33),
-    (12, 3, 3, 48),
     (13, 4, 5, 64),
-    (23, 3, 2, 65),
     (6, 3, 300, 40),
     (9, 2, 7, 100),
-    (4, 3, 5, 128),
+    (1, 140, 3, 70),
+    (2, 70, 3, 37),
+    (3, 50, 4, 130),
+    (4, 40, 2, 20),
+    (5, 30, 9, 31),
+    (6, 25, 300, 40),
+    (7, 30, 8, 33),
+    (8, 20, 3, 48),
+    (9, 20, 7, 100),
+    (11, 13, 6, 9),
+    (23, 7, 2, 65),
+    (34, 5, 40, 128),
     (100, 3, 2, 20),
     (50, 2, 3, 200),
     (190, 10, 1, 16),
-    (33, 2, 6, 600),
+    (33, 4, 6, 600),
 ]
 
 
@@ -117,6 +127,17 @@ def test_packed_sequences(backend, lengths, enforce_sorted, with_state, structur
             assert_same(actual[2][name], expected[2][name], max(lengths), terms, name)
     for a, b in zip(actual[3], expected[3], strict=True):
         assert_same(a, b, max(lengths), terms, "sequence")
+
+
+@pytest.mark.parametrize("hidden_size", [33, 150])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_packed_sequences_of_many_rows(backend, hidden_size, nonlinearity):
+    theirs, ours = pair(3, hidden_size, nonlinearity=nonlinearity, bidirectional=True, dtype=f64)
+    lengths = [1, 9, 30, 17, 17, 2, 25, 8, 30, 14]
+    x = pack_sequence([torch.randn(n, 3, dtype=f64) for n in lengths], enforce_sorted=False)
+    hx = torch.randn(2, len(lengths), hidden_size, dtype=f64, requires_grad=True)
+    compare(theirs, ours, x, hx)
+    compare(theirs, ours, x, None)
 
 
 def test_packed_state_of_every_length_is_that_of_the_sequence_alone(backend):

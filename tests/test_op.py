@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,14 @@ def test_opcheck(sample):
 
 
 def test_no_op_is_left_unchecked():
-    """The two above; _tanh here; the double backward is made of ATen's ops when called."""
-    torch.library.opcheck(torch.ops.rnnfast._tanh.default, (torch.randn(7),))
-    checked = {"rnn_layer", "rnn_layer_backward", "_tanh", "_rnn_layer_double_backward"}
+    """The two above; here the rest but the double backward, made of ATen's ops when called."""
+    ops = torch.ops.rnnfast
+    x, h, *weights = layer(4, 3, 2, 5, requires_grad=True)
+    torch.library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
+    torch.library.opcheck(ops.rnn_cell.default, (x[0].detach(), h, *weights))
+    torch.library.opcheck(ops._tanh.default, (torch.randn(7),))
+    checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
+    checked.add("_rnn_layer_double_backward")
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]
     computing = {schema.name for schema in schemas if schema.returns}  # the others only raise
@@ -167,26 +173,56 @@ def test_weights_of_any_stride():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("sizes", [None, sorted([1, 60, 3, 60, 20] * 9, reverse=True)])
-def test_the_number_of_threads_changes_nothing(threads, sizes):
-    """Rows are shared out, never a row's own sums; a row in a smaller block at the end of a share
-    may be summed in another order."""
-    B, T, I, H = 45, 60, 5, 50
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (45, 60, 5, 50, None),  # rows are shared out
+        (60, 60, 5, 50, sorted([1, 60, 3, 60, 20] * 12, reverse=True)),
+        (2, 70, 5, 300, None),  # panels are, the threads meeting after each step
+        (3, 70, 5, 300, [70, 70, 4]),
+        (1, 50, 400, 300, None),  # the products of a step are, over unpacked weights
+    ],
+    ids=["rows", "packed rows", "panels", "packed panels", "unpacked weights"],
+)
+def test_the_number_of_threads_changes_nothing(threads, reverse, size):
+    """Rows or hidden units are shared out, never the terms of a sum; a row in a lower block may be
+    summed in another order."""
+    B, T, I, H, lengths = size
     x, h, *weights = layer(T, B, I, H, torch.float32)
     batch_sizes = None
-    if sizes is not None:
-        batch_sizes = torch.tensor([sum(n > t for n in sizes) for t in range(T)])
+    if lengths is not None:
+        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
         x = torch.randn(int(batch_sizes.sum()), I)
     before = torch.get_num_threads()
+    results = []
     try:
-        results = []
         for n in (1, threads):
             torch.set_num_threads(n)
-            results.append(torch.ops.rnnfast.rnn_layer(x, h, *weights, batch_sizes, "tanh", False))
+            out, h_n = torch.ops.rnnfast.rnn_layer(x, h, *weights, batch_sizes, "tanh", reverse)
+            grads = torch.ops.rnnfast.rnn_layer_backward(
+                torch.cos(out), h_n, x, h, *weights[:2], out, batch_sizes, "tanh", reverse,
+                [True] * 5,
+            )  # fmt: skip
+            results.append((out, h_n, *grads))
     finally:
         torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
-        assert_same(a, b, T, I + H)
+        assert_same(a, b, T, I + H + len(x))
+
+
+@pytest.mark.parametrize("size", [(3, 70, 5, 300), (45, 60, 5, 50)])
+def test_calls_from_many_threads_that_use_many_threads(size):
+    """Each with its own meetings."""
+    B, T, I, H = size
+    args = layer(T, B, I, H, torch.float32)
+    expected = torch.ops.rnnfast.rnn_layer(*args, None, "tanh", False)[0]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(torch.ops.rnnfast.rnn_layer, *args, None, "tanh", False) for _ in range(12)
+        ]
+        for call in calls:
+            assert_same(call.result()[0], expected, T, I + H)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])

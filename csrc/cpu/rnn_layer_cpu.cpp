@@ -1,10 +1,12 @@
 // The CPU kernels of the ops in ../op.cpp. Time-parallel work (input projection, weight and input
-// gradients) is one large product each and goes to the library; the recurrence goes to the time
-// loop, its rows shared out between ATen's threads.
+// gradients) is one large product each and goes to the library, unless it is small; the recurrence
+// goes to the time loop, shared out between ATen's threads, unless the rows are so few that the
+// weights are not worth packing.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,8 +26,11 @@ using at::Tensor;
 // A library call below must compute in the dtype of its operands, whatever autocast is on.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// Below this many multiply-adds a second thread costs more (about 4 us to wake) than it brings.
-constexpr int64_t kWorkPerThread = 200'000;
+// Multiply-adds. Below so many in all, a second thread costs more (about 4 us to wake) than it
+// brings; below so many a step, meeting at its end (about 0.2 us) does.
+constexpr int64_t kWorkPerThread = 200'000, kWorkPerMeeting = 16'000;
+// Fewer rows than these reuse a loaded weight too little.
+constexpr int64_t kRowsPerThread = 4;
 
 // Where the steps lie, and the storage that a Walk points into.
 struct Steps {
@@ -68,26 +73,38 @@ struct Steps {
     return packed() ? Rows<T>{data, 0, x.stride(0)} : Rows<T>{data, x.stride(0), x.stride(1)};
   }
 
-  // x[len(b) - 1, b] for every b: the last valid step of each sequence.
+  // x[len(b) - 1, b] for every b, and x[0, b]: the first and last valid step of each sequence.
   Tensor last(const Tensor& x) const {
     if (!packed()) return x.select(0, walk.seq_len - 1);
     const Tensor rows = x.contiguous();
     Tensor result = at::empty({walk.batch, rows.size(1)}, rows.options());
-    const size_t bytes = rows.size(1) * rows.element_size();
-    const char* from = static_cast<const char*>(rows.const_data_ptr());
-    char* to = static_cast<char*>(result.mutable_data_ptr());
-    for (int64_t t = 0; t < walk.seq_len; ++t) {
-      const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
-      const int64_t end = walk.batch_sizes[t];
-      if (end > begin) {
-        std::memcpy(to + begin * bytes, from + (first_row[t] + begin) * bytes,
-                    (end - begin) * bytes);
-      }
-    }
+    copy_last(rows, result);
     return result;
   }
   Tensor first(const Tensor& x) const {
     return packed() ? x.narrow(0, 0, walk.batch) : x.select(0, 0);
+  }
+
+  // The same into a tensor [B, F], from a contiguous x.
+  void copy_last(const Tensor& x, const Tensor& to) const {
+    const size_t bytes = x.size(-1) * x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr());
+    char* row = static_cast<char*>(to.mutable_data_ptr());
+    if (!packed()) {
+      std::memcpy(row, from + (rows - walk.batch) * bytes, walk.batch * bytes);
+      return;
+    }
+    for (int64_t t = 0; t < walk.seq_len; ++t) {
+      const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
+      const int64_t end = walk.batch_sizes[t];
+      if (end > begin) {
+        std::memcpy(row + begin * bytes, from + (first_row[t] + begin) * bytes,
+                    (end - begin) * bytes);
+      }
+    }
+  }
+  void copy_first(const Tensor& x, const Tensor& to) const {
+    std::memcpy(to.mutable_data_ptr(), x.const_data_ptr(), walk.batch * x.size(-1) * x.element_size());
   }
 
   // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
@@ -109,30 +126,52 @@ struct Steps {
     }
   }
 
-  // Runs loop(b0, b1) over all rows of the batch, divided so that every thread has as many steps.
+  // Runs loop(share) over all rows and panels, divided so that every thread has as much to do: by
+  // rows, which then never meet; where the rows are too few to fill a register block in every
+  // thread, by panels of hidden units, the threads meeting after each step.
   template <class F>
-  void parallel(int64_t work_per_row, const F& loop) const {
+  void parallel(int64_t work_per_row, int64_t panels, const F& loop) const {
     const int64_t B = walk.batch;
-    const int64_t worth = std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1);
-    const int64_t parts = std::min({worth, int64_t(at::get_num_threads()), B});
-    if (parts <= 1 || at::in_parallel_region()) {
-      loop(0, B);
+    Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t parts = std::min(threads, std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1));
+    const int64_t meeting = std::min({parts, panels, B * work_per_row / kWorkPerMeeting});
+    if (parts > 1 && B < kRowsPerThread * parts && meeting > 1) {
+      Barrier barrier(meeting);
+      at::parallel_for(0, meeting, 1, [&](int64_t begin, int64_t end) {
+        Share share = all;
+        share.p0 = panels * begin / meeting;
+        share.p1 = panels * end / meeting;
+        share.barrier = &barrier;
+        share.parties = end - begin;  // more than one where fewer threads came than were asked for
+        loop(share);
+      });
       return;
     }
-    std::vector<int64_t> bounds(parts + 1, B);
+    if (parts <= 1 || B <= 1) {
+      loop(all);
+      return;
+    }
+    const int64_t ranges = std::min(parts, B);
+    std::vector<int64_t> bounds(ranges + 1, B);
     bounds[0] = 0;
     if (!packed()) {
-      for (int64_t i = 1; i < parts; ++i) bounds[i] = B * i / parts;
+      for (int64_t i = 1; i < ranges; ++i) bounds[i] = B * i / ranges;
     } else {
-      int64_t length = walk.seq_len, before = 0, part = 1;
-      for (int64_t b = 0; b < B && part < parts; ++b) {
+      int64_t length = walk.seq_len, before = 0, range = 1;
+      for (int64_t b = 0; b < B && range < ranges; ++b) {
         while (walk.batch_sizes[length - 1] <= b) --length;
         before += length;
-        if (before * parts >= rows * part) bounds[part++] = b + 1;
+        if (before * ranges >= rows * range) bounds[range++] = b + 1;
       }
     }
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) loop(bounds[i], bounds[i + 1]);
+    at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Share share = all;
+        share.b0 = bounds[i];
+        share.b1 = bounds[i + 1];
+        loop(share);
+      }
     });
   }
 };
@@ -169,6 +208,134 @@ const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
   return packed;
 }
 
+// Uninitialised memory for packed weights: small ones stay on the stack.
+template <class T>
+class Space {
+ public:
+  explicit Space(int64_t size) {
+    if (size <= kSmall) return;
+    large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+  }
+  T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
+
+ private:
+  static constexpr int64_t kSmall = (8 << 10) / sizeof(T);
+  alignas(64) T small_[kSmall];
+  c10::DataPtr large_;
+};
+
+template <class T>
+int64_t panels_of(int64_t H) {
+  const int64_t columns = time_loop<T>().panel_columns;
+  return (H + columns - 1) / columns;
+}
+
+// Whether the rows are too few for packing the weights to pay: packing costs 0.65 ns a weight, and
+// saves some 25 % of a multiply-add (0.02 ns at best) with it for each row.
+bool worth_no_packing(const Steps& steps) { return steps.rows <= 128; }
+
+// Whether the projection belongs into the walk over the steps: where a block's rows share each
+// weight that is loaded, and where a call of the library (4 us) costs more than it saves. Else one
+// product over all steps is the better use of the weights.
+bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
+  return I <= 8 || (I <= 256 && steps.walk.batch >= 8) || steps.rows * I * H < 250'000;
+}
+
+// out = x W_ih^T + bias, for all steps at once.
+void project(const Tensor& input, const Tensor& w_ih, const std::optional<Tensor>& b_ih,
+             const std::optional<Tensor>& b_hh, Tensor out) {
+  if (b_ih || b_hh) {
+    const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : *b_hh;
+    at::addmm_out(out, bias, flat(input), w_ih.t());
+  } else {
+    at::mm_out(out, flat(input), w_ih.t());
+  }
+}
+
+// z += x w^T, for some rows. Strides of the features are 1.
+template <class T>
+void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
+  const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, w.const_data_ptr<T>(), w.stride(0),
+                       z.data, z.stride_b};
+  const int64_t work = batch * f.K;
+  at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),
+                   [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
+}
+
+// Step by step, the weights as they lie.
+template <class T>
+void forward_by_steps(const Steps& steps, const Tensor& input, const std::optional<Tensor>& hx,
+                      const Tensor& w_ih_, const Tensor& w_hh_, const std::optional<Tensor>& b_ih,
+                      const std::optional<Tensor>& b_hh, bool relu, const Tensor& out) {
+  const int64_t H = w_hh_.size(0);
+  const Walk& walk = steps.walk;
+  const Tensor x = adjacent_features(input), w_ih = adjacent_features(w_ih_),
+               w_hh = adjacent_features(w_hh_);
+  const Tensor h0 = hx ? adjacent_features(*hx) : Tensor();
+  const auto x_rows = steps.rows_of<const T>(x);
+  const auto out_rows = steps.rows_of<T>(out);
+  // One product over all steps, unless it would cost less than its call.
+  const bool projected = walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H);
+  if (projected) project(input, w_ih, b_ih, b_hh, flat(out));
+  Space<T> bias(time_loop<T>().packed_size(1, H));
+  T* end = bias.data();
+  pack_bias_into(end, b_ih, b_hh, H);
+
+  int64_t t_last = 0, visited = 0;
+  for (int64_t s = 0; s < walk.seq_len; ++s) {
+    const int64_t t = walk.reverse ? walk.seq_len - 1 - s : s, live = walk.live(t);
+    const auto at = [&](const auto& rows, int64_t t, int64_t b) {
+      auto from = rows;
+      from.data = walk.row(rows, t, b);
+      return from;
+    };
+    if (!projected) {
+      for (int64_t b = 0; b < live; ++b) {
+        std::memcpy(walk.row(out_rows, t, b), bias.data(), H * sizeof(T));
+      }
+      add_linear<T>(at(x_rows, t, 0), w_ih, live, at(out_rows, t, 0));
+    }
+    const int64_t carried = std::min(visited, live);
+    if (carried > 0) {
+      const auto h = at(out_rows, t_last, 0);
+      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, at(out_rows, t, 0));
+    }
+    if (carried < live && hx) {
+      add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
+                    live - carried, at(out_rows, t, carried));
+    }
+    time_loop<T>().activate(walk.row(out_rows, t, 0), live * H, relu);
+    visited = live;
+    t_last = t;
+  }
+}
+
+// The same question for the backward, whose products go to the library instead: 4 us a call, and
+// nothing where there is but one step.
+bool worth_steps_of_library(const Steps& steps, int64_t H) {
+  return !steps.packed() && steps.rows <= 128 &&
+      0.65 * H * H > 4000.0 * (steps.walk.seq_len - 1);
+}
+
+Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_out,
+                         const std::optional<Tensor>& grad_h_n, const Tensor& w_hh,
+                         const Tensor& out, bool relu) {
+  const int64_t T = steps.walk.seq_len;
+  const auto slope = [&](Tensor to, const Tensor& dh, const Tensor& h) {
+    relu ? at::threshold_backward_out(to, dh, h, 0) : at::tanh_backward_out(to, dh, h);
+  };
+  const auto last = [&](const Tensor& x, int64_t s) { return x.select(0, steps.walk.reverse ? s : T - 1 - s); };
+  Tensor dz = at::empty(out.sizes(), out.options());
+  std::optional<Tensor> dh = grad_h_n;
+  for (int64_t s = 0; s < T; ++s) {
+    if (grad_out) dh = dh ? at::add(*dh, last(*grad_out, s)) : last(*grad_out, s);
+    Tensor z = last(dz, s);
+    slope(z, *dh, last(out, s));
+    if (s + 1 < T) dh = at::mm(z, w_hh);
+  }
+  return dz;
+}
+
 template <class T>
 void forward_loop(const Steps& steps, const Tensor& input, const std::optional<Tensor>& hx,
                   const Tensor& w_ih, const Tensor& w_hh, const std::optional<Tensor>& b_ih,
@@ -181,14 +348,12 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
   f.relu = relu;
   f.out = steps.rows_of<T>(out);
 
-  // The projection is fused where a block's rows share each weight that is loaded; with few rows a
-  // product over all steps at once is the better use of the weights.
-  const bool fused = I <= 8 || (I <= 256 && steps.walk.batch >= 8);
+  const bool fused = worth_fusing(steps, I, H);
   Tensor x;
   const int64_t sizes = loop.packed_size(H, H) +
       (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0);
-  Tensor buffer = at::empty({sizes}, w_hh.options());
-  T* space = buffer.mutable_data_ptr<T>();
+  Space<T> packed(sizes);
+  T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, true);
   if (fused) {
     x = adjacent_features(input);
@@ -197,29 +362,24 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
     f.w_ih = pack_into(space, w_ih, true);
     if (b_ih || b_hh) f.bias = pack_bias_into(space, b_ih, b_hh, H);
   } else {
-    Tensor z = out.view({steps.rows, H});
-    if (b_ih || b_hh) {
-      const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : *b_hh;
-      at::addmm_out(z, bias, flat(input), w_ih.t());
-    } else {
-      at::mm_out(z, flat(input), w_ih.t());
-    }
+    project(input, w_ih, b_ih, b_hh, out.view({steps.rows, H}));
   }
   Tensor h0;
   if (hx) {
     h0 = adjacent_features(*hx);
     f.h0 = Rows<const T>{h0.const_data_ptr<T>(), 0, h0.stride(0)};
   }
-  steps.parallel(H * (H + f.input_size + 16),
-                 [&](int64_t b0, int64_t b1) { loop.forward(f, b0, b1); });
+  steps.parallel(H * (H + f.input_size + 16), panels_of<T>(H),
+                 [&](const Share& share) { loop.forward(f, share); });
 }
 
 template <class T>
-void backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
-                   const std::optional<Tensor>& grad_h_n, const Tensor& w_hh, const Tensor& out,
-                   bool relu, const Tensor& dz) {
+Tensor backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
+                     const std::optional<Tensor>& grad_h_n, const Tensor& w_hh, const Tensor& out,
+                     bool relu) {
   const int64_t H = w_hh.size(0);
   const auto& loop = time_loop<T>();
+  Tensor dz = at::empty(out.sizes(), out.options());
   Backward<T> f;
   f.walk = steps.walk;
   f.hidden_size = H;
@@ -236,10 +396,104 @@ void backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
     g_h_n = adjacent_features(*grad_h_n);
     f.grad_h_n = Rows<const T>{g_h_n.const_data_ptr<T>(), 0, g_h_n.stride(0)};
   }
-  Tensor buffer = at::empty({loop.packed_size(H, H)}, w_hh.options());
-  T* space = buffer.mutable_data_ptr<T>();
+  Space<T> packed(loop.packed_size(H, H));
+  T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, false);
-  steps.parallel(H * (H + 16), [&](int64_t b0, int64_t b1) { loop.backward(f, b0, b1); });
+  steps.parallel(H * (H + 16), panels_of<T>(H),
+                 [&](const Share& share) { loop.backward(f, share); });
+  return dz;
+}
+
+// ------------------------------------------------------------------------------ weight gradients
+
+// Their sums over all rows. On Zen 3 (AVX2, one thread, GFLOP/s of [H, rows] x [rows, I]), our own
+// blocks do 88 and the library 75 at H = I = 64, 78 and 79 at 100, 60 and 78 at 128; and below 32,
+// where calls count, twice the library's.
+constexpr int64_t kOwnOuterSum = 96 * 96;
+
+// The wanted ones of d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T, d_b = sum dz.
+template <class T>
+void small_weight_gradients(const Steps& steps, const Tensor& dz, const Tensor& input,
+                            const std::optional<Tensor>& hx, const Tensor& out, Tensor& d_w_ih,
+                            Tensor& d_w_hh, Tensor& d_b, int64_t I, int64_t H) {
+  const auto& loop = time_loop<T>();
+  const T* z = dz.const_data_ptr<T>();
+  const Tensor x = d_w_ih.defined() ? adjacent_features(flat(input)) : Tensor();
+  const Tensor h = d_w_hh.defined() ? adjacent_features(flat(out)) : Tensor();
+  Tensor z_first, h0;
+  if (d_w_hh.defined() && hx) {
+    z_first = steps.walk.reverse ? steps.last(dz) : steps.first(dz);
+    h0 = adjacent_features(*hx);
+  }
+  // Threads take rows of the gradients, so that no sum depends on how many there are.
+  constexpr int64_t kBlock = 24;
+  const int64_t work = steps.rows * H * (I + H), blocks = (H + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t m0 = begin * kBlock, m1 = std::min(end * kBlock, H);
+    OuterSum<T> f;
+    f.lda = H;
+    if (d_w_ih.defined()) {
+      f.rows = steps.rows;
+      f.N = f.ldc = I;
+      f.a = z;
+      f.b = x.const_data_ptr<T>();
+      f.ldb = x.stride(0);
+      f.c = d_w_ih.mutable_data_ptr<T>();
+      f.column_sums = d_b.defined() ? d_b.mutable_data_ptr<T>() : nullptr;
+      loop.outer_sum(f, m0, m1);
+      f.column_sums = nullptr;
+    }
+    if (!d_w_hh.defined()) return;
+    f.N = f.ldc = H;
+    f.c = d_w_hh.mutable_data_ptr<T>();
+    if (hx) {
+      f.rows = steps.walk.batch;
+      f.a = z_first.const_data_ptr<T>();
+      f.lda = z_first.stride(0);
+      f.b = h0.const_data_ptr<T>();
+      f.ldb = h0.stride(0);
+      loop.outer_sum(f, m0, m1);
+      f.lda = H;
+    }
+    f.ldb = h.stride(0);
+    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
+      f.rows = n;
+      f.a = z + at * H;
+      f.b = h.const_data_ptr<T>() + before * f.ldb;
+      loop.outer_sum(f, m0, m1);
+    });
+  });
+}
+
+// d_w_hh by the library.
+Tensor large_w_hh_gradient(const Steps& steps, const Tensor& dz, const std::optional<Tensor>& hx,
+                           const Tensor& out, const Tensor& w_hh) {
+  Tensor sum;
+  const auto add = [&](const Tensor& z, const Tensor& h) {
+    sum.defined() ? (void)sum.addmm_(z.t(), h) : (void)(sum = at::mm(z.t(), h));
+  };
+  if (hx) add(steps.walk.reverse ? steps.last(dz) : steps.first(dz), *hx);
+  const Tensor z = flat(dz), h = flat(out);
+  if (!steps.packed()) {
+    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
+      add(z.narrow(0, at, n), h.narrow(0, before, n));
+    });
+  } else {
+    // The runs are short, and each would read and write the whole sum: gathered, they are one. The
+    // rows after the first step are all of them, in order; those before are each step's first.
+    const Tensor& gathered = steps.walk.reverse ? z : h;
+    std::vector<Tensor> before;
+    for (int64_t t = 1; t < steps.walk.seq_len; ++t) {
+      before.push_back(gathered.narrow(0, steps.first_row[t - 1], steps.walk.batch_sizes[t]));
+    }
+    if (!before.empty()) {
+      const int64_t B = steps.walk.batch, rest = steps.rows - B;
+      const Tensor prefixes = at::cat(before);
+      steps.walk.reverse ? add(prefixes, h.narrow(0, B, rest)) : add(z.narrow(0, B, rest), prefixes);
+    }
+  }
+  return sum.defined() ? sum : at::zeros_like(w_hh, at::MemoryFormat::Contiguous);
 }
 
 bool is_reduced(const Tensor& x) {
@@ -280,9 +534,12 @@ std::tuple<Tensor, Tensor> rnn_layer(const Tensor& input, const std::optional<Te
                               : at::empty({steps.walk.seq_len, steps.walk.batch, H}, input.options());
   if (steps.rows == 0) return {out, at::empty({0, H}, input.options())};
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    forward_loop<scalar_t>(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
+    const auto run = worth_no_packing(steps) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
+    run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
   });
-  return {out, (reverse ? steps.first(out) : steps.last(out)).clone()};
+  Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
+  reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+  return {out, h_n};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
@@ -316,44 +573,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_layer_backward(
             zeros(need_w_hh, {H, H}), zeros(need_b, {H})};
   }
 
-  Tensor dz = at::empty(out.sizes(), out.options());
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
-    backward_loop<scalar_t>(steps, grad_out, grad_h_n, w_hh, out, nonlinearity == "relu", dz);
-  });
-
-  const Tensor dz_flat = dz.view({steps.rows, H});
-  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
-  if (need_x) d_x = at::mm(dz_flat, w_ih).view(input.sizes());
-  if (need_w_ih) d_w_ih = at::mm(dz_flat.t(), flat(input));
-  if (need_b) d_b = dz_flat.sum(0);
-  Tensor dz_first;  // of the step that read h0
-  if (hx && (need_h || need_w_hh)) dz_first = reverse ? steps.last(dz) : steps.first(dz);
-  if (hx && need_h) d_h = at::mm(dz_first, w_hh);
-  if (need_w_hh) {
-    if (hx) d_w_hh = at::mm(dz_first.t(), *hx);
-    const Tensor out_flat = flat(out);
-    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
-      const Tensor z = dz_flat.narrow(0, at, n).t(), h = out_flat.narrow(0, before, n);
-      if (d_w_hh.defined()) {
-        d_w_hh.addmm_(z, h);
-      } else {
-        d_w_hh = at::mm(z, h);
-      }
+  const bool relu = nonlinearity == "relu";
+  Tensor dz;
+  if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
+    dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu);
+  } else {
+    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
+      dz = backward_loop<scalar_t>(steps, grad_out, grad_h_n, w_hh, out, relu);
     });
-    if (!d_w_hh.defined()) d_w_hh = at::zeros_like(w_hh);
+  }
+
+  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
+  if (need_x) d_x = at::mm(flat(dz), w_ih).view(input.sizes());
+  if (hx && need_h) d_h = at::mm(reverse ? steps.last(dz) : steps.first(dz), w_hh);
+  if (H * std::max(I, H) <= kOwnOuterSum) {
+    if (need_w_ih) d_w_ih = at::zeros({H, I}, dz.options());
+    if (need_w_hh) d_w_hh = at::zeros({H, H}, dz.options());
+    if (need_b) d_b = need_w_ih ? at::zeros({H}, dz.options()) : flat(dz).sum(0);
+    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
+      Tensor d_b_here = need_w_ih ? d_b : Tensor();
+      small_weight_gradients<scalar_t>(steps, dz, input, hx, out, d_w_ih, d_w_hh, d_b_here, I, H);
+    });
+  } else {
+    if (need_w_ih) d_w_ih = at::mm(flat(dz).t(), flat(input));
+    if (need_b) d_b = flat(dz).sum(0);
+    if (need_w_hh) d_w_hh = large_w_hh_gradient(steps, dz, hx, out, w_hh);
   }
   return {d_x, d_h, d_w_ih, d_w_hh, d_b};
 }
 
 // tanh as the time loop computes it, for its accuracy to be measured.
 Tensor tanh(const Tensor& x) {
-  const Tensor from = x.contiguous();
-  Tensor to = at::empty_like(from);
+  Tensor y = x.clone(at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rnnfast::_tanh", [&] {
-    time_loop<scalar_t>().tanh(from.const_data_ptr<scalar_t>(), to.mutable_data_ptr<scalar_t>(),
-                               from.numel());
+    time_loop<scalar_t>().activate(y.mutable_data_ptr<scalar_t>(), y.numel(), false);
   });
-  return to;
+  return y;
 }
 
 }  // namespace

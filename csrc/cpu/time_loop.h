@@ -8,6 +8,8 @@
 // output is all that a backward needs to keep. z' is the gradient of the pre-activation.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 
 namespace rnnfast::cpu {
@@ -64,16 +66,81 @@ struct Backward {
   Rows<T> dz;               // [T, B, H], written
 };
 
-// The entry points of one instruction set. `forward` and `backward` run rows [b0, b1) through all
-// steps; ranges of rows are independent, so threads share nothing that is written.
+// c[m,n] += sum_r a[r,m] b[r,n], and column_sums[m] += sum_r a[r,m].
+template <class T>
+struct OuterSum {
+  int64_t rows = 0, N = 0;
+  const T* a = nullptr;      // [rows, M], row stride lda
+  int64_t lda = 0;
+  const T* b = nullptr;      // [rows, N], row stride ldb
+  int64_t ldb = 0;
+  T* c = nullptr;            // [M, N], row stride ldc
+  int64_t ldc = 0;
+  T* column_sums = nullptr;  // [M] or nullptr
+};
+
+// z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie.
+template <class T>
+struct Linear {
+  int64_t batch = 0, K = 0;
+  const T* x = nullptr;  // [batch, K], row stride ldx
+  int64_t ldx = 0;
+  const T* w = nullptr;  // [N, K], row stride ldw
+  int64_t ldw = 0;
+  T* z = nullptr;        // [batch, N], row stride ldz
+  int64_t ldz = 0;
+};
+
+// Where the threads that share a step wait for each other. They spin, since a step takes
+// microseconds; one whose partner is not running gives way.
+class Barrier {
+ public:
+  explicit Barrier(int64_t parties) : parties_(parties) {}
+
+  // Returns when all parties have arrived; the caller stands for `count` of them.
+  void arrive_and_wait(int64_t count) {
+    const int64_t phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, count, __ATOMIC_ACQ_REL) == parties_) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
+      if (spins > 10'000) sched_yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  const int64_t parties_;
+  alignas(64) int64_t arrived_ = 0;
+  alignas(64) int64_t phase_ = 0;
+};
+
+// What one thread computes of every step: rows [b0, b1), of them the panels [p0, p1) of
+// `panel_columns` hidden units. Shares of different rows are independent; shares of different
+// panels of the same rows meet at the barrier, as `parties` of it.
+struct Share {
+  int64_t b0 = 0, b1 = 0;
+  int64_t p0 = 0, p1 = 0;
+  Barrier* barrier = nullptr;
+  int64_t parties = 1;
+};
+
+// The entry points of one instruction set.
 template <class T>
 struct TimeLoop {
+  int64_t panel_columns;
   int64_t (*packed_size)(int64_t k, int64_t n);  // elements
   // packed(k, n) = w[k * stride_k + n * stride_n], k < K, n < N
   void (*pack)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed);
-  void (*forward)(const Forward<T>&, int64_t b0, int64_t b1);
-  void (*backward)(const Backward<T>&, int64_t b0, int64_t b1);
-  void (*tanh)(const T* x, T* y, int64_t n);
+  void (*forward)(const Forward<T>&, const Share&);
+  void (*backward)(const Backward<T>&, const Share&);
+  void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);  // rows [m0, m1) of c
+  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);       // columns [n0, n1) of z
+  void (*activate)(T* x, int64_t n, bool relu);                   // in place
 };
 
 // The set that runs here: PyTorch's own choice (torch.backends.cpu.get_cpu_capability(), which

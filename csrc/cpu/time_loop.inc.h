@@ -1,23 +1,31 @@
-// The fused time loop, forward and backward, for one instruction set (see time_loop.h for what it
-// computes). Included with RNNFAST_ISA, RNNFAST_VECTOR_BYTES and RNNFAST_VECTOR_REGISTERS defined.
+// The fused time loop, forward and backward, and the sums of outer products that the weight
+// gradients are, for one instruction set (see time_loop.h for what they compute). Included with
+// RNNFAST_ISA, RNNFAST_VECTOR_BYTES and RNNFAST_VECTOR_REGISTERS defined.
 //
-// Ownership   A call owns rows [b0, b1) and walks all their steps; rows never meet, so nothing
-//             synchronises. Within a step the rows are cut into register blocks of M rows by N
-//             vectors of hidden units.
+// Ownership   A call owns a Share: rows [b0, b1) and panels [p0, p1) of hidden units, and walks all
+//             their steps. Rows never meet, so shares of rows synchronise nothing; shares of panels
+//             meet at a barrier after each step. Within a step a share is cut into register blocks
+//             of M rows by G panels of N vectors of hidden units.
 // Operands    W_hh (and W_ih where the projection is fused) is packed once per call into panels
 //             [panel][k][columns]: k-major, columns padded with zeros to whole vectors, so that the
 //             inner loop is one broadcast of h[b,k] against N adjacent vectors. The state is never
 //             copied: h[t-1] is read from where the output stores it, z'[t+1] from dz.
-// Registers   M * N accumulators live across the whole sum over k; act is applied to them in place.
+// Registers   M * G * N accumulators live across the whole sum over k. With many rows a block is
+//             tall and one panel wide, since each weight loaded then serves M rows; with one to
+//             three it spans panels, to have enough sums under way to cover an addition's latency.
 // Padding     Lanes beyond H see only zero weights and are never loaded from or stored to tensors.
 //
 // No function of the standard library is instantiated here: it could be shared with code that must
 // run without these instructions.
 
+// Vectors are passed only between functions of this file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace rnnfast::cpu::RNNFAST_ISA {
 namespace {
 
 #define RNNFAST_INLINE inline __attribute__((always_inline))
+#define RNNFAST_LAMBDA_INLINE __attribute__((always_inline))
 
 // ---------------------------------------------------------------------------------- vectors
 
@@ -113,19 +121,18 @@ RNNFAST_INLINE void store_nth(T* p, int n, int last, V<T> v) {
 
 // -------------------------------------------------------------------------------------- tanh
 //
-// |x| < 9/16: x + x z P(z), z = x^2;  beyond: sign(x) (1 - 2 / (exp(2|x|) + 1)), where the result
-// is at least 1/2 and so forgives the error of exp. NaN passes through both, infinities give
-// +-1, -0 stays -0. Coefficients: minimax (Remez exchange), relative error of the approximation
-// below 2^-29 (float) and 2^-59 (double), so the 2 ulp that remain are rounding; tests/test_tanh.py
-// measures them.
+// |x| < 5/16: x + x z P(z), z = x^2;  beyond: sign(x) t / (t + 2), t = exp(2|x|) - 1, whose relative
+// error counts 2 / (t + 2) times. NaN passes through both, infinities give +-1, -0 stays -0.
+// exp(2|x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), 2|x| = n ln2 + r. Coefficients: minimax (Remez
+// exchange); tests/test_op.py measures the result, at most 1.5 ulp in float.
 
 template <class T>
 struct TanhConstants;
 template <>
 struct TanhConstants<float> {
-  // (tanh(s)/s - 1) / z on z = s^2 in [0, (9/16)^2]
-  static constexpr float odd[] = {-0.333333138896f, 0.133324523105f, -0.0538374331294f,
-                                  0.0210074679527f, -0.00617981968047f};
+  // (tanh(s)/s - 1) / z on z = s^2 in [0, (5/16)^2]
+  static constexpr float odd[] = {-0.333333282267f, 0.13332822834f, -0.0538088762221f,
+                                  0.0198870003657f};
   // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2
   static constexpr float exp[] = {0.49999993413f, 0.166665201148f, 0.0416683943111f,
                                   0.00836877992563f, 0.00138144560449f};
@@ -134,57 +141,67 @@ struct TanhConstants<float> {
   static constexpr float ln2_high = 0.693145751953125f;  // 15 bits: n * ln2_high is exact
   static constexpr float ln2_low = 1.42860682030941723212e-6f;
   static constexpr int mantissa_bits = 23;
+  static constexpr uint32_t one = 0x3f800000;  // the bits of 1
 };
 template <>
 struct TanhConstants<double> {
   static constexpr double odd[] = {
-      -0.3333333333333327785,    0.1333333333332313291,     -0.053968253961724116778,
-      0.021869488327266697884,   -0.0088632316370338055197, 0.0035920822486322000606,
-      -0.0014554796336065654794, 0.00058818361717666269524, -0.00023271614440350185165,
-      0.000082360830980555517499, -0.000018903907411166039165};
+      -0.3333333333333319391,  0.13333333333286980448,   -0.05396825391552656501,
+      0.021869485631566987246, -0.0088631468278376143772, 0.0035905439237278157617,
+      -0.0014393088661559392615, 0.00049572368970588958585};
   static constexpr double exp[] = {
-      0.50000000000000107205,    0.16666666666666410092,    0.041666666666529191598,
-      0.0083333333334957163613,  0.0013888888943922266434,  0.00019841269504567054923,
-      0.000024801492762812617171, 2.7557587514318378903e-6, 2.7630378720477170792e-7,
-      2.4999912961441213034e-8};
+      0.50000000000000008619,   0.16666666666666670974,    0.041666666666652289778,
+      0.0083333333333261537606, 0.0013888888895597032298,  0.00019841269874764737283,
+      0.0000248015745382309021, 2.7557255462276079494e-6,  2.7567927108842001271e-7,
+      2.5105194030723185117e-8, 1.7687739162984292121e-9};
   static constexpr double saturated = 20.0;  // 1 to the last bit from 19.1 on
   static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double ln2_high = 6.93147180369123816490e-01;  // 32 bits
   static constexpr double ln2_low = 1.90821492927058770002e-10;
   static constexpr int mantissa_bits = 52;
+  static constexpr uint64_t one = 0x3ff0000000000000;
 };
 
-template <class T, int N>
-RNNFAST_INLINE V<T> polynomial(const T (&c)[N], V<T> x) {
-  V<T> y = V<T>{} + c[N - 1];
-#pragma GCC unroll 16
-  for (int i = N - 2; i >= 0; --i) y = y * x + c[i];
-  return y;
-}
-
-template <class T>
-RNNFAST_INLINE V<T> tanh(V<T> x) {
+// In place, and stage by stage over W vectors: one alone waits for its own latencies (20 cycles a
+// vector on Zen 3, 13 in fours).
+template <class T, int W>
+RNNFAST_INLINE void tanh(V<T> (&x)[W]) {
   using C = TanhConstants<T>;
   using Bits = typename Vector<T>::Bits;
   constexpr T log2e = T(1.44269504088896340736);
+  constexpr int odd = sizeof(C::odd) / sizeof(T), exp = sizeof(C::exp) / sizeof(T);
   const Bits sign_bit = (Bits)(-V<T>{});
-  const Bits sign = (Bits)x & sign_bit;
-  const V<T> magnitude = (V<T>)((Bits)x & ~sign_bit);
-
-  const V<T> z = x * x;
-  const V<T> small = magnitude + magnitude * (z * polynomial(C::odd, z));
-
+  V<T> magnitude[W], y[W], shifted[W], n[W], r[W], p[W], e[W], t[W], z[W], small[W];
+#define RNNFAST_EACH _Pragma("GCC unroll 8") for (int i = 0; i < W; ++i)
+  RNNFAST_EACH magnitude[i] = (V<T>)((Bits)x[i] & ~sign_bit);
   // Ordered so that a NaN is kept.
-  const V<T> clamped = magnitude > C::saturated ? V<T>{} + C::saturated : magnitude;
-  const V<T> y = clamped + clamped;
-  const V<T> shifted = y * log2e + C::rounder;
-  const V<T> n = shifted - C::rounder;
-  const V<T> r = (y - n * C::ln2_high) - n * C::ln2_low;
-  const V<T> p = r * r * polynomial(C::exp, r) + r + T(1);
-  // The integer sits in the low mantissa bits of `shifted`; move it to the exponent of p.
-  const V<T> e = (V<T>)((Bits)p + ((Bits)shifted << C::mantissa_bits));
-  const V<T> large = T(1) - T(2) / (e + T(1));
-  return (V<T>)((Bits)(magnitude < T(0.5625) ? small : large) | sign);
+  RNNFAST_EACH y[i] = magnitude[i] > C::saturated ? V<T>{} + C::saturated : magnitude[i];
+  RNNFAST_EACH shifted[i] = y[i] * (2 * log2e) + C::rounder;
+  RNNFAST_EACH n[i] = shifted[i] - C::rounder;
+  RNNFAST_EACH y[i] = y[i] + y[i];
+  RNNFAST_EACH r[i] = y[i] - n[i] * C::ln2_high;
+  RNNFAST_EACH r[i] = r[i] - n[i] * C::ln2_low;
+  RNNFAST_EACH p[i] = V<T>{} + C::exp[exp - 1];
+#pragma GCC unroll 16
+  for (int j = exp - 2; j >= 0; --j) RNNFAST_EACH p[i] = p[i] * r[i] + C::exp[j];
+  RNNFAST_EACH t[i] = r[i] * r[i];
+  RNNFAST_EACH p[i] = t[i] * p[i] + r[i];
+  // The integer n sits in the low mantissa bits of `shifted`: moved to the exponent, it makes 2^n.
+  RNNFAST_EACH e[i] = (V<T>)(((Bits)shifted[i] << C::mantissa_bits) + C::one);
+  RNNFAST_EACH t[i] = e[i] - T(1);
+  RNNFAST_EACH t[i] = p[i] * e[i] + t[i];
+  RNNFAST_EACH p[i] = t[i] + T(2);
+  RNNFAST_EACH y[i] = t[i] / p[i];
+
+  RNNFAST_EACH z[i] = magnitude[i] * magnitude[i];
+  RNNFAST_EACH small[i] = V<T>{} + C::odd[odd - 1];
+#pragma GCC unroll 16
+  for (int j = odd - 2; j >= 0; --j) RNNFAST_EACH small[i] = small[i] * z[i] + C::odd[j];
+  RNNFAST_EACH z[i] = magnitude[i] * z[i];
+  RNNFAST_EACH small[i] = z[i] * small[i] + magnitude[i];
+  RNNFAST_EACH y[i] = magnitude[i] < T(0.3125) ? small[i] : y[i];
+  RNNFAST_EACH x[i] = (V<T>)((Bits)y[i] | ((Bits)x[i] & sign_bit));
+#undef RNNFAST_EACH
 }
 
 // ------------------------------------------------------------------------------ register blocks
@@ -193,21 +210,36 @@ RNNFAST_INLINE V<T> tanh(V<T> x) {
 // registers for the weights and the broadcast.
 #if RNNFAST_VECTOR_REGISTERS == 32
 constexpr int kPanel = 4;
-constexpr int kMaxRows[kPanel] = {12, 12, 8, 6};
+constexpr int kMaxRows[kPanel] = {8, 8, 8, 6};
+// Panels that a block of 1, 2, 3 rows spans.
+constexpr int kSpan[] = {2, 2, 2};
 #else
 constexpr int kPanel = 2;
 constexpr int kMaxRows[kPanel] = {8, 6};
+constexpr int kSpan[] = {4, 3, 2};
 #endif
+constexpr int kFewRows = 3;
 
-template <class T, int M, int N>
+// What of a matrix a block reads: element (k, panel g, column n) at data + k * stride_k +
+// g * stride_g + n.
+template <class T>
+struct Columns {
+  const T* data;
+  int64_t stride_k;
+  int64_t stride_g;
+};
+
+// M rows by G panels of N vectors.
+template <class T, int M, int N, int G = 1>
 struct Block {
-  V<T> acc[M][N];
+  static constexpr int vectors = G * N;
+  V<T> acc[M][vectors];
 
   RNNFAST_INLINE void clear() {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m][n] = V<T>{};
+      for (int n = 0; n < vectors; ++n) acc[m][n] = V<T>{};
   }
 
   // acc[m] += rows of a tensor, `last` lanes of the last vector.
@@ -215,14 +247,15 @@ struct Block {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m][n] += load_nth<T, N>(row + m * stride, n, last);
+      for (int n = 0; n < vectors; ++n)
+        acc[m][n] += load_nth<T, vectors>(row + m * stride, n, last);
   }
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-  // acc[m][n] += sum_k a[m * lda + k] * w[k][n], w a panel of K * N vectors. Long sums are cut into
-  // chains that each start from zero, since every addition rounds at the size of the sum so far.
-  RNNFAST_INLINE void product(const T* a, int64_t lda, const T* w, int64_t K) {
+  // acc[m][n] += sum_k a[m * lda + k] * w(k, n). Long sums are cut into chains that each start from
+  // zero, since every addition rounds at the size of the sum so far.
+  RNNFAST_INLINE void product(const T* a, int64_t lda, Columns<T> w, int64_t K) {
     constexpr int64_t kChain = 256;
     for (int64_t k = 0; k < K; k += kChain) {
       Block before;  // written and read where k > 0 alone
@@ -230,42 +263,62 @@ struct Block {
         before = *this;
         clear();
       }
-      chain(a + k, lda, w + k * N * L<T>, K - k < kChain ? K - k : kChain);
+      chain<true>(a + k, lda, 1, {w.data + k * w.stride_k, w.stride_k, w.stride_g},
+                  K - k < kChain ? K - k : kChain, L<T>);
       if (k > 0) {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-          for (int n = 0; n < N; ++n) acc[m][n] += before.acc[m][n];
+          for (int n = 0; n < vectors; ++n) acc[m][n] += before.acc[m][n];
       }
     }
   }
-
 #pragma GCC diagnostic pop
 
-  // The same in one chain, or a few where the block is too small to cover the latency of a
-  // multiply-add otherwise.
-  RNNFAST_INLINE void chain(const T* a, int64_t lda, const T* w, int64_t K) {
-    constexpr int U = M * N >= 8 ? 1 : M * N >= 4 ? 2 : 4;
-    constexpr int width = N * L<T>;
-    V<T> part[U][M][N];
+  // acc[m][n] += sum_k a[m * stride_m + k * stride_k] * w(k, n), in one chain, or a few where the
+  // block is too small to cover the latency of a multiply-add otherwise. Unless `whole`, the last
+  // vector has `last` lanes.
+  template <bool whole>
+  RNNFAST_INLINE void chain(const T* a, int64_t stride_m, int64_t stride_k, Columns<T> w, int64_t K,
+                            int last) {
+    constexpr int size = M * vectors;
+    constexpr int U = size >= 8 ? 1 : size >= 4 ? 2 : 4;
+    const auto load_w = [&](int64_t k, int n) RNNFAST_LAMBDA_INLINE {
+      const T* p = w.data + k * w.stride_k + (n / N) * w.stride_g + (n % N) * L<T>;
+      return whole || n < vectors - 1 || last == L<T> ? load(p) : load_part(p, last);
+    };
+    V<T> part[U][M][vectors];
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) part[u][m][n] = u == 0 ? acc[m][n] : V<T>{};
+        for (int n = 0; n < vectors; ++n) part[u][m][n] = u == 0 ? acc[m][n] : V<T>{};
     int64_t k = 0;
     for (; k + U <= K; k += U) {
 #pragma GCC unroll 16
       for (int u = 0; u < U; ++u) {
-        V<T> wk[N];
+        if constexpr (M <= kFewRows) {
+          // One weight in a register at a time: these blocks fill the others with sums.
+          V<T> am[M];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) wk[n] = load(w + (k + u) * width + n * L<T>);
+          for (int m = 0; m < M; ++m) am[m] = V<T>{} + a[m * stride_m + (k + u) * stride_k];
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const T am = a[m * lda + k + u];
+          for (int n = 0; n < vectors; ++n) {
+            const V<T> wk = load_w(k + u, n);
 #pragma GCC unroll 16
-          for (int n = 0; n < N; ++n) part[u][m][n] += am * wk[n];
+            for (int m = 0; m < M; ++m) part[u][m][n] += am[m] * wk;
+          }
+        } else {
+          V<T> wk[vectors];
+#pragma GCC unroll 16
+          for (int n = 0; n < vectors; ++n) wk[n] = load_w(k + u, n);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            const T am = a[m * stride_m + (k + u) * stride_k];
+#pragma GCC unroll 16
+            for (int n = 0; n < vectors; ++n) part[u][m][n] += am * wk[n];
+          }
         }
       }
     }
@@ -274,12 +327,13 @@ struct Block {
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-          for (int n = 0; n < N; ++n) part[0][m][n] += a[m * lda + k] * load(w + k * width + n * L<T>);
+          for (int n = 0; n < vectors; ++n)
+            part[0][m][n] += a[m * stride_m + k * stride_k] * load_w(k, n);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
+      for (int n = 0; n < vectors; ++n) {
         V<T> sum = part[0][m][n];
 #pragma GCC unroll 16
         for (int u = 1; u < U; ++u) sum += part[u][m][n];
@@ -288,10 +342,37 @@ struct Block {
   }
 };
 
-// The weights of panel `p` of a packed [K, n] matrix.
+// The columns of panel `p` of a packed [K, n] matrix, N vectors wide there.
+template <class T, int N>
+RNNFAST_INLINE Columns<T> panel_of(const T* packed, int64_t p, int64_t K) {
+  return {packed + p * kPanel * L<T> * K, N * L<T>, kPanel * L<T> * K};
+}
+
+// act(z), for `count` vectors, a multiple of 4.
 template <class T>
-RNNFAST_INLINE const T* panel_of(const T* packed, int64_t p, int64_t K) {
-  return packed ? packed + p * kPanel * L<T> * K : nullptr;
+__attribute__((noinline)) void activate(V<T>* z, int count, bool relu) {
+  for (int i = 0; i < count; i += 4) {
+    V<T> four[4] = {z[i], z[i + 1], z[i + 2], z[i + 3]};
+    if (relu) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) four[j] = four[j] < T(0) ? V<T>{} : four[j];  // a NaN is kept
+    } else {
+      tanh<T, 4>(four);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) z[i + j] = four[j];
+  }
+}
+
+// Asks for M rows of N vectors that the next step reads: step by step they lie too far apart for
+// the processor to foresee.
+template <class T, int M, int N>
+RNNFAST_INLINE void prefetch(const T* row, int64_t stride) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+    for (int byte = 0; byte < N * RNNFAST_VECTOR_BYTES; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row + m * stride) + byte);
 }
 
 // ------------------------------------------------------------------------------------- the cells
@@ -303,6 +384,7 @@ template <class T>
 struct ForwardCell {
   using Scalar = T;
   const Forward<T>& f;
+  int64_t t_next = -1;  // the step after, to be prefetched, or -1
 
   const Walk& walk() const { return f.walk; }
   int64_t hidden_size() const { return f.hidden_size; }
@@ -310,12 +392,12 @@ struct ForwardCell {
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.out, t, b); }
   int64_t state_stride() const { return f.out.stride_b; }
 
-  template <int M, int N>
+  template <int M, int N, int G>
   static void block(const ForwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
     const Forward<T>& f = self.f;
-    const int64_t column = p * kPanel * L<T>;
-    T* out = f.walk.row(f.out, t, b) + column;
+    constexpr int vectors = G * N;
+    T* out = f.walk.row(f.out, t, b) + p * kPanel * L<T>;
     int64_t h_stride = f.out.stride_b;
     if (!carried && f.h0.data) {
       carried = f.h0.data + b * f.h0.stride_b;
@@ -323,16 +405,21 @@ struct ForwardCell {
     }
     // Smallest terms first, the long sum over h from zero: each addition rounds at the size that
     // the sum has by then.
-    Block<T, M, N> z;
+    Block<T, M, N, G> z;
     z.clear();
-    if (carried) z.product(carried, h_stride, panel_of(f.w_hh, p, f.hidden_size), f.hidden_size);
+    if (carried) {
+      z.product(carried, h_stride, panel_of<T, N>(f.w_hh, p, f.hidden_size), f.hidden_size);
+    }
     if (f.input_size > 0) {
-      z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of(f.w_ih, p, f.input_size),
+      if (self.t_next >= 0 && p * kPanel * L<T> < f.input_size) {
+        prefetch<T, M, vectors>(f.walk.row(f.x, self.t_next, b) + p * kPanel * L<T>, f.x.stride_b);
+      }
+      z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of<T, N>(f.w_ih, p, f.input_size),
                 f.input_size);
       if (f.bias) {
-        const T* bias = panel_of(f.bias, p, 1);
+        const T* bias = f.bias + p * kPanel * L<T>;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
+        for (int n = 0; n < vectors; ++n) {
           const V<T> bias_n = load(bias + n * L<T>);
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) z.acc[m][n] += bias_n;
@@ -341,14 +428,20 @@ struct ForwardCell {
     } else {
       z.add(out, f.out.stride_b, last);
     }
-    // Unrolled over the panel only: the rows' activations would overflow the registers.
+    if (self.t_next >= 0) {
+      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + p * kPanel * L<T>, f.out.stride_b);
+    }
+    V<T> h[(M * vectors + 3) / 4 * 4] = {};
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const V<T> v = z.acc[m][n];
-        store_nth<T, N>(out + m * f.out.stride_b, n, last,
-                        f.relu ? (v < T(0) ? V<T>{} : v) : tanh<T>(v));
-      }
+      for (int n = 0; n < vectors; ++n) h[m * vectors + n] = z.acc[m][n];
+    activate<T>(h, sizeof(h) / sizeof(h[0]), f.relu);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < vectors; ++n)
+        store_nth<T, vectors>(out + m * f.out.stride_b, n, last, h[m * vectors + n]);
   }
 };
 
@@ -356,6 +449,7 @@ template <class T>
 struct BackwardCell {
   using Scalar = T;
   const Backward<T>& f;
+  int64_t t_next = -1;  // the step after, to be prefetched, or -1
 
   const Walk& walk() const { return f.walk; }
   int64_t hidden_size() const { return f.hidden_size; }
@@ -363,15 +457,24 @@ struct BackwardCell {
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.dz, t, b); }
   int64_t state_stride() const { return f.dz.stride_b; }
 
-  template <int M, int N>
+  template <int M, int N, int G>
   static void block(const BackwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
     const Backward<T>& f = self.f;
+    constexpr int vectors = G * N;
     const int64_t column = p * kPanel * L<T>;
-    Block<T, M, N> dh;
+    if (self.t_next >= 0) {
+      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + column, f.out.stride_b);
+      prefetch<T, M, vectors>(f.walk.row(f.dz, self.t_next, b) + column, f.dz.stride_b);
+      if (f.grad_out.data) {
+        prefetch<T, M, vectors>(f.walk.row(f.grad_out, self.t_next, b) + column,
+                                f.grad_out.stride_b);
+      }
+    }
+    Block<T, M, N, G> dh;
     dh.clear();
     if (carried) {
-      dh.product(carried, f.dz.stride_b, panel_of(f.w_hh, p, f.hidden_size), f.hidden_size);
+      dh.product(carried, f.dz.stride_b, panel_of<T, N>(f.w_hh, p, f.hidden_size), f.hidden_size);
     } else if (f.grad_h_n.data) {
       dh.add(f.grad_h_n.data + b * f.grad_h_n.stride_b + column, f.grad_h_n.stride_b, last);
     }
@@ -381,59 +484,93 @@ struct BackwardCell {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const V<T> h = load_nth<T, N>(out + m * f.out.stride_b, n, last);
+      for (int n = 0; n < vectors; ++n) {
+        const V<T> h = load_nth<T, vectors>(out + m * f.out.stride_b, n, last);
         const V<T> g = dh.acc[m][n];
-        store_nth<T, N>(dz + m * f.dz.stride_b, n, last,
-                        f.relu ? (h <= T(0) ? V<T>{} : g) : g * (T(1) - h * h));
+        store_nth<T, vectors>(dz + m * f.dz.stride_b, n, last,
+                              f.relu ? (h <= T(0) ? V<T>{} : g) : g * (T(1) - h * h));
       }
   }
 };
 
 // --------------------------------------------------------------------------------------- the walk
 
-// Rows [b, end) of one panel of one step, in the largest blocks that fit.
+// The blocks of 1 to most rows that are N vectors wide, G times.
+template <class Cell, int N, int G, int most>
+struct BlocksOf {
+  using Function = void (*)(const Cell&, int64_t t, int64_t b, int64_t p, int last,
+                            const typename Cell::Scalar* carried);
+  Function of[most];
+  constexpr BlocksOf() : of() { fill<most>(); }
+  template <int M>
+  constexpr void fill() {
+    of[M - 1] = Cell::template block<M, N, G>;
+    if constexpr (M > 1) fill<M - 1>();
+  }
+};
+
+// Rows [b, end) of one panel of one step, in blocks of about equal height: a low block at the end
+// would waste its loads.
 template <class Cell, int N>
 void rows(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p, int last,
           const typename Cell::Scalar* carried) {
-  constexpr int kMax = kMaxRows[N - 1];
+  constexpr int most = kMaxRows[N - 1];
+  static constexpr BlocksOf<Cell, N, 1, most> blocks;
   const int64_t stride = carried ? cell.state_stride() : 0;
-#define RNNFAST_BLOCKS(M)                                                        \
-  for (; end - b >= M; b += M, carried += M * stride)                            \
-    Cell::template block<M, N>(cell, t, b, p, last, carried);
-  RNNFAST_BLOCKS(kMax)
-  RNNFAST_BLOCKS(4)
-  RNNFAST_BLOCKS(2)
-  RNNFAST_BLOCKS(1)
-#undef RNNFAST_BLOCKS
+  for (int64_t left = (end - b + most - 1) / most; left > 0; --left) {
+    const int64_t m = (end - b + left - 1) / left;
+    blocks.of[m - 1](cell, t, b, p, last, carried);
+    b += m;
+    carried += m * stride;
+  }
 }
 
+// One to three rows: as many whole panels at once as the block spans. Returns the next panel.
+template <class Cell, int M>
+int64_t spans(const Cell& cell, int64_t t, int64_t b, int64_t p, int64_t whole,
+              const typename Cell::Scalar* carried) {
+  for (; whole - p >= kSpan[M - 1]; p += kSpan[M - 1])
+    Cell::template block<M, kPanel, kSpan[M - 1]>(cell, t, b, p, L<typename Cell::Scalar>, carried);
+  return p;
+}
+
+// Panels [p0, p1) of rows [b, end) of one step.
 template <class Cell>
-void step(const Cell& cell, int64_t t, int64_t b, int64_t end,
+void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64_t p1,
           const typename Cell::Scalar* carried) {
   if (b >= end) return;
   constexpr int lanes = L<typename Cell::Scalar>;
   const int64_t H = cell.hidden_size();
-  for (int64_t p = 0; p * kPanel * lanes < H; ++p) {
-    const int64_t left = H - p * kPanel * lanes;
-    const int width = left >= kPanel * lanes ? kPanel : int((left + lanes - 1) / lanes);
-    const int last = left >= kPanel * lanes ? lanes : int(left - (width - 1) * lanes);
-    switch (width) {
-      case 1: rows<Cell, 1>(cell, t, b, end, p, last, carried); break;
-      case 2: rows<Cell, 2>(cell, t, b, end, p, last, carried); break;
+  const int64_t whole = H / (kPanel * lanes) < p1 ? H / (kPanel * lanes) : p1;
+  int64_t p = p0;
+  switch (end - b) {
+    case 1: p = spans<Cell, 1>(cell, t, b, p, whole, carried); break;
+    case 2: p = spans<Cell, 2>(cell, t, b, p, whole, carried); break;
+    case 3: p = spans<Cell, 3>(cell, t, b, p, whole, carried); break;
+  }
+  for (; p < whole; ++p) rows<Cell, kPanel>(cell, t, b, end, p, lanes, carried);
+  if (p == p1) return;
+  const int64_t left = H - p * kPanel * lanes;  // less than a panel
+  const int width = int((left + lanes - 1) / lanes);
+  const int last = int(left - (width - 1) * lanes);
+  switch (width) {
+    case 1: rows<Cell, 1>(cell, t, b, end, p, last, carried); break;
+    case 2: rows<Cell, 2>(cell, t, b, end, p, last, carried); break;
 #if RNNFAST_VECTOR_REGISTERS == 32
-      case 3: rows<Cell, 3>(cell, t, b, end, p, last, carried); break;
-      case 4: rows<Cell, 4>(cell, t, b, end, p, last, carried); break;
+    case 3: rows<Cell, 3>(cell, t, b, end, p, last, carried); break;
+    case 4: rows<Cell, 4>(cell, t, b, end, p, last, carried); break;
 #endif
-    }
   }
 }
 
-// Every step of rows [b0, b1). Sequences are sorted by length, so the rows alive at a step are a
-// prefix, and so are those of them that the step before also visited.
+// Every step of the share's panels of rows [b0, b1). Sequences are sorted by length, so the rows
+// alive at a step are a prefix, and so are those of them that the step before also visited.
 template <class Cell>
-void walk_rows(const Cell& cell, int64_t b0, int64_t b1) {
+void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
   const Walk& walk = cell.walk();
+  // Not where all steps fit the second-level cache, nor where one step alone would fill it.
+  const int64_t step_bytes = (b1 - b0) * cell.hidden_size() * int64_t(sizeof(typename Cell::Scalar));
+  const bool prefetching = step_bytes <= 128 << 10 && step_bytes * walk.seq_len > 256 << 10;
   int64_t visited = b0;  // rows [b0, visited) were alive at the step visited last
   int64_t t_last = 0;
   for (int64_t s = 0; s < walk.seq_len; ++s) {
@@ -441,8 +578,10 @@ void walk_rows(const Cell& cell, int64_t b0, int64_t b1) {
     const int64_t alive = walk.live(t) < b1 ? walk.live(t) : b1;
     if (alive <= b0) continue;
     const int64_t carried = visited < alive ? visited : alive;
-    step(cell, t, b0, carried, carried > b0 ? cell.state(t_last, b0) : nullptr);
-    step(cell, t, carried, alive, nullptr);
+    if (prefetching) cell.t_next = s + 1 == walk.seq_len ? -1 : cell.backwards() ? t - 1 : t + 1;
+    step(cell, t, b0, carried, share.p0, share.p1, carried > b0 ? cell.state(t_last, b0) : nullptr);
+    step(cell, t, carried, alive, share.p0, share.p1, nullptr);
+    if (share.barrier) share.barrier->arrive_and_wait(share.parties);
     visited = alive;
     t_last = t;
   }
@@ -452,16 +591,181 @@ void walk_rows(const Cell& cell, int64_t b0, int64_t b1) {
 // cache while the weights, resident too, are reused; but where the weights exceed the second-level
 // cache they are streamed once per group and step, so there the group is everything.
 template <class Cell>
-void run(const Cell& cell, int64_t b0, int64_t b1) {
+void run(const Cell& cell, const Share& share) {
   using T = typename Cell::Scalar;
-  constexpr int64_t kStateBytes = 16 << 10, kWeightBytes = 512 << 10, kFewRows = 48;
+  constexpr int64_t kStateBytes = 16 << 10, kWeightBytes = 512 << 10, kLeast = 48;
   const int64_t row_bytes = cell.hidden_size() * int64_t(sizeof(T));
-  int64_t group = b1 - b0;
-  if (cell.hidden_size() * row_bytes <= kWeightBytes) {
-    const int64_t fitting = kStateBytes / row_bytes / kFewRows * kFewRows;
-    group = fitting > kFewRows ? fitting : kFewRows;
+  const int64_t n = share.b1 - share.b0;
+  int64_t groups = 1;
+  if (!share.barrier && cell.hidden_size() * row_bytes <= kWeightBytes) {
+    const int64_t fitting = kStateBytes / row_bytes;
+    const int64_t group = fitting > kLeast ? fitting : kLeast;
+    groups = (n + group - 1) / group;
   }
-  for (int64_t b = b0; b < b1; b += group) walk_rows(cell, b, b1 - b < group ? b1 : b + group);
+  for (int64_t i = 0; i < groups; ++i)
+    walk_rows(cell, share.b0 + n * i / groups, share.b0 + n * (i + 1) / groups, share);
+}
+
+// ------------------------------------------------------------------------- sums of outer products
+//
+// c[m,n] += sum_r a[r,m] b[r,n]: a weight gradient, of dz and what the weight multiplied. Rows are
+// taken in chunks that stay in the first-level cache with all their columns; a chunk's sums start
+// from zero in registers, so that an addition rounds at the size of a chunk's sum; the column sums,
+// which have no lanes to spread a bias over, fold every 16 rows.
+
+template <class T, int N>
+struct OuterCell {
+  template <int M>
+  static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, T* c,
+                    int64_t ldc) {
+    Block<T, M, N> sum;
+    sum.clear();
+    if (last == L<T>) {
+      sum.template chain<true>(a, 1, lda, {b, ldb, 0}, R, last);
+    } else {
+      sum.template chain<false>(a, 1, lda, {b, ldb, 0}, R, last);
+    }
+    sum.add(c, ldc, last);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) store_nth<T, N>(c + m * ldc, n, last, sum.acc[m][n]);
+  }
+
+  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int, T*, int64_t);
+  static constexpr int most = kMaxRows[N - 1];
+  template <int M>
+  static constexpr void fill(Function (&of)[most]) {
+    of[M - 1] = block<M>;
+    if constexpr (M > 1) fill<M - 1>(of);
+  }
+  struct Table {
+    Function of[most];
+    constexpr Table() : of() { fill<most>(of); }
+  };
+
+  static void panel(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t m0,
+                    int64_t m1, int last, T* c, int64_t ldc) {
+    static constexpr Table blocks;
+    for (int64_t left = (m1 - m0 + most - 1) / most; left > 0; --left) {
+      const int64_t m = (m1 - m0 + left - 1) / left;
+      blocks.of[m - 1](a + m0, lda, b, ldb, R, last, c + m0 * ldc, ldc);
+      m0 += m;
+    }
+  }
+};
+
+template <class T>
+void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
+  constexpr int lanes = L<T>;
+  constexpr int64_t kBytes = 24 << 10, kLeast = 16, kMost = 256;
+  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * (m1 - m0 + f.N));
+  const int64_t chunk = fitting < kLeast ? kLeast : fitting > kMost ? kMost : fitting;
+  for (int64_t r = 0; r < f.rows; r += chunk) {
+    const int64_t R = f.rows - r < chunk ? f.rows - r : chunk;
+    const T* a = f.a + r * f.lda;
+    for (int64_t n = 0; n < f.N; n += kPanel * lanes) {
+      const T* b = f.b + r * f.ldb + n;
+      const int64_t left = f.N - n;
+      const int width = left >= kPanel * lanes ? kPanel : int((left + lanes - 1) / lanes);
+      const int last = left >= kPanel * lanes ? lanes : int(left - (width - 1) * lanes);
+      switch (width) {
+        case 1: OuterCell<T, 1>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 2: OuterCell<T, 2>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+#if RNNFAST_VECTOR_REGISTERS == 32
+        case 3: OuterCell<T, 3>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 4: OuterCell<T, 4>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+#endif
+      }
+    }
+    if (!f.column_sums) continue;
+    for (int64_t m = m0; m < m1; m += lanes) {
+      const int width = m1 - m < lanes ? int(m1 - m) : lanes;
+      V<T> sum = {};
+      for (int64_t k0 = 0; k0 < R; k0 += 16) {
+        V<T> part = {};
+        for (int64_t k = k0; k < (R - k0 < 16 ? R : k0 + 16); ++k)
+          part += width == lanes ? load(a + k * f.lda + m) : load_part(a + k * f.lda + m, width);
+        sum += part;
+      }
+      T* to = f.column_sums + m;
+      if (width == lanes) {
+        store(to, load(to) + sum);
+      } else {
+        store_part(to, load_part(to, width) + sum, width);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------ products with unpacked weights
+//
+// z[b,n] += sum_k x[b,k] w[n,k]: M rows times N weight rows at a time, vectors along k, whose lanes
+// are added up at the end.
+
+template <class T, int M, int N>
+void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
+  const T* x = f.x + b * f.ldx;
+  const T* w = f.w + n * f.ldw;
+  V<T> acc[M][N] = {};
+  const auto add = [&](int64_t k, const auto& load_k) RNNFAST_LAMBDA_INLINE {
+    V<T> xk[M];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) xk[i] = load_k(x + i * f.ldx + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      const V<T> wk = load_k(w + j * f.ldw + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) acc[i][j] += xk[i] * wk;
+    }
+  };
+  int64_t k = 0;
+  for (; k + L<T> <= f.K; k += L<T>) add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return load(p); });
+  if (k < f.K) {
+    const int left = int(f.K - k);
+    add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return load_part(p, left); });
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      T lanes[L<T>];
+      store(lanes, acc[i][j]);
+#pragma GCC unroll 4
+      for (int half = L<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      f.z[(b + i) * f.ldz + n + j] += lanes[0];
+    }
+}
+
+template <class T, int M>
+void linear_rows(const Linear<T>& f, int64_t b, int64_t n0, int64_t n1) {
+#if RNNFAST_VECTOR_REGISTERS == 32
+  constexpr int N = M <= 2 ? 8 : 6;
+#else
+  constexpr int N = M == 1 ? 8 : M == 4 ? 3 : 4;
+#endif
+  for (; n0 + N <= n1; n0 += N) linear_block<T, M, N>(f, b, n0);
+  for (; n0 < n1; ++n0) linear_block<T, M, 1>(f, b, n0);
+}
+
+// Weight rows in strips that stay in the first-level cache while all rows of x pass by.
+template <class T>
+void linear(const Linear<T>& f, int64_t n0, int64_t n1) {
+  constexpr int64_t kBytes = 16 << 10;
+  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * f.K) / 24 * 24;
+  const int64_t strip = f.batch <= 4 ? n1 - n0 : fitting < 24 ? 24 : fitting;
+  for (int64_t n = n0; n < n1; n += strip) {
+    const int64_t end = n1 - n < strip ? n1 : n + strip;
+    int64_t b = 0;
+    for (; b + 4 <= f.batch; b += 4) linear_rows<T, 4>(f, b, n, end);
+    switch (f.batch - b) {
+      case 3: linear_rows<T, 3>(f, b, n, end); break;
+      case 2: linear_rows<T, 2>(f, b, n, end); break;
+      case 1: linear_rows<T, 1>(f, b, n, end); break;
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------- entry points
@@ -498,29 +802,35 @@ void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
 }
 
 template <class T>
-void forward(const Forward<T>& f, int64_t b0, int64_t b1) {
-  run(ForwardCell<T>{f}, b0, b1);
+void forward(const Forward<T>& f, const Share& share) {
+  run(ForwardCell<T>{f}, share);
 }
 
 template <class T>
-void backward(const Backward<T>& f, int64_t b0, int64_t b1) {
-  run(BackwardCell<T>{f}, b0, b1);
+void backward(const Backward<T>& f, const Share& share) {
+  run(BackwardCell<T>{f}, share);
 }
 
 template <class T>
-void tanh_array(const T* x, T* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + L<T> <= n; i += L<T>) store(y + i, tanh<T>(load(x + i)));
-  if (i < n) store_part(y + i, tanh<T>(load_part(x + i, int(n - i))), int(n - i));
+void activate_array(T* x, int64_t n, bool relu) {
+  for (int64_t i = 0; i < n; i += 4 * L<T>) {
+    V<T> four[4] = {};
+    const int64_t left = n - i < 4 * L<T> ? n - i : 4 * L<T>;
+    __builtin_memcpy(four, x + i, left * sizeof(T));
+    activate<T>(four, 4, relu);
+    __builtin_memcpy(x + i, four, left * sizeof(T));
+  }
 }
 
 #undef RNNFAST_INLINE
+#undef RNNFAST_LAMBDA_INLINE
 
 }  // namespace
 
-const TimeLoop<float> f32 = {packed_size<float>, pack<float>, forward<float>, backward<float>,
-                             tanh_array<float>};
-const TimeLoop<double> f64 = {packed_size<double>, pack<double>, forward<double>, backward<double>,
-                              tanh_array<double>};
+template <class T>
+constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,   forward<T>,
+                               backward<T>,   outer_sum<T>,   linear<T>, activate_array<T>};
+const TimeLoop<float> f32 = table<float>;
+const TimeLoop<double> f64 = table<double>;
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

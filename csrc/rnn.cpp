@@ -1,0 +1,85 @@
+// torch.ops.rnnfast.rnn and rnn_cell: a whole RNN and a single step, as calls of rnn_layer. The loop
+// is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps in Python cost
+// more than the kernel does; being composite, it leaves autograd, autocast and vmap to rnn_layer.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "op.h"
+
+namespace rnnfast {
+namespace {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>& hx,
+                               at::TensorList weights, const std::optional<Tensor>& batch_sizes,
+                               c10::string_view nonlinearity, bool bias, int64_t num_layers,
+                               double dropout, bool bidirectional, bool batch_first) {
+  const int64_t directions = bidirectional ? 2 : 1, per_layer = bias ? 4 : 2;
+  const int64_t states = num_layers * directions;
+  TORCH_CHECK(int64_t(weights.size()) == per_layer * states, "rnnfast: expected ",
+              per_layer * states, " weights for num_layers=", num_layers, ", bidirectional=",
+              bidirectional ? "True" : "False", ", bias=", bias ? "True" : "False", ", got ",
+              weights.size());
+  TORCH_CHECK(!hx || (hx->dim() == 3 && hx->size(0) == states),
+              "rnnfast: expected hx of 3 dimensions, the first ", states, ", got ", hx->sizes());
+  const bool turned = batch_first && !batch_sizes;
+  Tensor x = turned ? input.transpose(0, 1) : input;
+  std::vector<Tensor> outs(directions), final;
+  final.reserve(states);
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    for (int64_t direction = 0; direction < directions; ++direction) {
+      const int64_t i = layer * directions + direction;
+      const Tensor* w = &weights[i * per_layer];
+      const auto state = hx ? std::optional<Tensor>(hx->select(0, i)) : std::nullopt;
+      const auto b_ih = bias ? std::optional<Tensor>(w[2]) : std::nullopt;
+      const auto b_hh = bias ? std::optional<Tensor>(w[3]) : std::nullopt;
+      auto [out, h_n] = call_rnn_layer(x, state, w[0], w[1], b_ih, b_hh, batch_sizes, nonlinearity,
+                                       /*reverse=*/direction == 1);
+      outs[direction] = std::move(out);
+      final.push_back(std::move(h_n));
+    }
+    x = directions == 1 ? outs[0] : at::cat(outs, -1);
+    if (dropout > 0 && layer < num_layers - 1) x = at::dropout(x, dropout, /*train=*/true);
+  }
+  return {turned ? x.transpose(0, 1) : x, states == 1 ? final[0].unsqueeze(0) : at::stack(final)};
+}
+
+Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,
+                const Tensor& w_hh, const std::optional<Tensor>& b_ih,
+                const std::optional<Tensor>& b_hh, c10::string_view nonlinearity) {
+  return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
+                                    nonlinearity, /*reverse=*/false));
+}
+
+}  // namespace
+}  // namespace rnnfast
+
+TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
+  // input [T, B, I], [B, T, I] if batch_first, or packed [rows, I]; hx [states, B, H], a state for
+  // each layer and direction; weights in the order of nn.RNN.all_weights, flattened; dropout as in
+  // training. Returns out in the layout of the input, and h_n like hx.
+  m.def(
+      "rnn(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes=None, "
+      "str nonlinearity='tanh', bool bias=True, int num_layers=1, float dropout=0.0, "
+      "bool bidirectional=False, bool batch_first=False) -> (Tensor out, Tensor h_n)",
+      {at::Tag::pt2_compliant_tag});
+  // input [B, I], hx [B, H]; returns the new state [B, H].
+  m.def(
+      "rnn_cell(Tensor input, Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+      "Tensor? b_hh=None, str nonlinearity='tanh') -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, CompositeImplicitAutograd, m) {
+  m.impl("rnn", &rnnfast::rnn);
+  m.impl("rnn_cell", &rnnfast::rnn_cell);
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, FuncTorchBatchedDecomposition, m) {  // torch.vmap: as composite there
+  m.impl("rnn", &rnnfast::rnn);
+  m.impl("rnn_cell", &rnnfast::rnn_cell);
+}
