@@ -1,6 +1,6 @@
 // torch.ops.rnnfast.*: schemas, argument checks, autograd and autocast of the ops. Kernels register
 // themselves per device (cpu/rnn_layer_cpu.cpp); rnnfast/ops.py adds the fake kernels and the
-// reference's backward, which is what a double backward differentiates.
+// double backward.
 //
 // The autograd nodes are written against torch::autograd::Node, not torch::autograd::Function:
 // functorch refuses the latter, and these cost less per call.
@@ -9,12 +9,12 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -127,17 +127,20 @@ Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const Optional
                  reverse, output_mask);
 }
 
-// The reference's backward, in differentiable operations (registered by rnnfast/ops.py).
-Gradients call_reference_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
-                                  const Tensor& input, const OptionalTensor& hx,
-                                  const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
-                                  const OptionalTensor& batch_sizes,
-                                  c10::string_view nonlinearity, bool reverse) {
+// The backward's own derivative, in differentiable operations (registered by rnnfast/ops.py).
+using SecondGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SecondGradients call_rnn_layer_double_backward(
+    const OptionalTensor& gg_input, const OptionalTensor& gg_hx, const OptionalTensor& gg_w_ih,
+    const OptionalTensor& gg_w_hh, const OptionalTensor& gg_bias, const OptionalTensor& grad_out,
+    const OptionalTensor& grad_h_n, const Tensor& input, const OptionalTensor& hx,
+    const Tensor& w_ih, const Tensor& w_hh, const Tensor& out, const OptionalTensor& batch_sizes,
+    c10::string_view nonlinearity, bool reverse) {
   static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("rnnfast::_rnn_layer_backward_reference", "")
-                       .typed<decltype(call_reference_backward)>();
-  return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
-                 reverse);
+                       .findSchemaOrThrow("rnnfast::_rnn_layer_double_backward", "")
+                       .typed<decltype(call_rnn_layer_double_backward)>();
+  return op.call(gg_input, gg_hx, gg_w_ih, gg_w_hh, gg_bias, grad_out, grad_h_n, input, hx, w_ih,
+                 w_hh, out, batch_sizes, nonlinearity, reverse);
 }
 
 // ---------------------------------------------------------------------------------- autograd
@@ -174,7 +177,6 @@ struct RnnLayerBackward : torch::autograd::Node {
   }
 };
 
-// The backward's own derivative: recomputes the reference's backward and differentiates that.
 struct RnnLayerDoubleBackward : torch::autograd::Node {
   // grad_out, grad_h_n, input, hx, w_ih, w_hh, out: the inputs of this node's function, in order
   std::array<SavedVariable, 7> saved;
@@ -189,42 +191,18 @@ struct RnnLayerDoubleBackward : torch::autograd::Node {
     batch_sizes.reset_data();
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const bool create_graph = at::GradMode::is_enabled();
-    at::AutoGradMode record(true);
-    // Views, so that `out` is a variable of its own here and not a function of the others; their
-    // history keeps what is returned differentiable in turn.
+  variable_list apply(variable_list&& gg) override {
+    if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) {
+      return variable_list(7);
+    }
     std::array<Tensor, 7> x;
-    for (size_t i = 0; i < x.size(); ++i) {
-      x[i] = saved[i].unpack();
-      if (x[i].defined()) x[i] = x[i].view_as(x[i]);
-    }
-    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = call_reference_backward(
-        if_defined(x[0]), if_defined(x[1]), x[2], if_defined(x[3]), x[4], x[5], x[6],
-        if_defined(batch_sizes.unpack()), nonlinearity, reverse);
-
-    variable_list outputs, output_grads, inputs;
-    const std::array<Tensor, 5> d = {d_x, d_h, d_w_ih, d_w_hh, d_b};
-    for (size_t i = 0; i < d.size(); ++i) {
-      if (d[i].defined() && d[i].requires_grad() && grads[i].defined()) {
-        outputs.push_back(d[i]);
-        output_grads.push_back(grads[i]);
-      }
-    }
-    std::vector<size_t> wanted;
-    for (size_t i = 0; i < x.size(); ++i) {
-      if (x[i].defined() && task_should_compute_output(i)) {
-        inputs.push_back(x[i]);
-        wanted.push_back(i);
-      }
-    }
-    variable_list result(x.size());
-    if (outputs.empty() || inputs.empty()) return result;
-    const variable_list found = torch::autograd::grad(
-        outputs, inputs, output_grads, /*retain_graph=*/std::nullopt, create_graph,
-        /*allow_unused=*/true);
-    for (size_t i = 0; i < wanted.size(); ++i) result[wanted[i]] = found[i];
-    return result;
+    for (size_t i = 0; i < x.size(); ++i) x[i] = saved[i].unpack();
+    auto [d_grad_out, d_grad_h_n, d_input, d_hx, d_w_ih, d_w_hh, d_out] =
+        call_rnn_layer_double_backward(
+            if_defined(gg[0]), if_defined(gg[1]), if_defined(gg[2]), if_defined(gg[3]),
+            if_defined(gg[4]), if_defined(x[0]), if_defined(x[1]), x[2], if_defined(x[3]), x[4],
+            x[5], x[6], if_defined(batch_sizes.unpack()), nonlinearity, reverse);
+    return {d_grad_out, d_grad_h_n, d_input, d_hx, d_w_ih, d_w_hh, d_out};
   }
 };
 
@@ -337,10 +315,12 @@ TORCH_LIBRARY(rnnfast, m) {
       "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  // Gradients of the backward's (grad_out, ..., out) from those, gg_*, of its results.
   m.def(
-      "_rnn_layer_backward_reference(Tensor? grad_out, Tensor? grad_h_n, Tensor input, Tensor? hx, "
-      "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "_rnn_layer_double_backward(Tensor? gg_input, Tensor? gg_hx, Tensor? gg_w_ih, "
+      "Tensor? gg_w_hh, Tensor? gg_bias, Tensor? grad_out, Tensor? grad_h_n, Tensor input, "
+      "Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, "
+      "bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_tanh(Tensor x) -> Tensor");
 }
 

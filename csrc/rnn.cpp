@@ -80,3 +80,8 @@ TORCH_LIBRARY_IMPL(rnnfast, CompositeImplicitAutograd, m) {
   m.impl("rnn", &rnnfast::rnn);
   m.impl("rnn_cell", &rnnfast::rnn_cell);
 }
+
+TORCH_LIBRARY_IMPL(rnnfast, FuncTorchBatchedDecomposition, m) {  // torch.vmap: as composite there
+  m.impl("rnn", &rnnfast::rnn);
+  m.impl("rnn_cell", &rnnfast::rnn_cell);
+}

@@ -2,18 +2,30 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, functional
+from . import backends, functional, onnx
 from .backends import FallbackWarning, backend
 from .modules import RNN, RNNCell
+from .swapping import patch, restore, swap
 
 if backends.extension_error is None:
-    from . import ops
+    from . import batching, ops
 
     ops.register()
+    batching.register()
 
 try:
     __version__ = version("rnnfast")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["RNN", "FallbackWarning", "RNNCell", "backend", "functional"]
+__all__ = [
+    "RNN",
+    "FallbackWarning",
+    "RNNCell",
+    "backend",
+    "functional",
+    "onnx",
+    "patch",
+    "restore",
+    "swap",
+]

@@ -7,7 +7,8 @@ cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a fl
                                                      the extension is built for this torch
 torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
                                                      never slower than nn.RNN there
-reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, and forward-mode derivatives
+reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and
+                                                     torch.vmap on devices without a kernel of ours
 ==========  =======================================  ==============================================
 
 ``RNNFAST_BACKEND=NAME`` or ``with rnnfast.backend(NAME)`` forces one; a forced backend that cannot
@@ -110,6 +111,13 @@ def _warn_fallback() -> None:
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _vmapped() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def _why_not_cpu(input: Tensor) -> str | None:
     if extension_error is not None:
         return extension_error
@@ -173,7 +181,7 @@ def chosen(input: Tensor) -> str:
     """The table's choice for this input where nothing is forced."""
     if _why_not_cpu(input) is None:
         return "cpu"
-    if input.is_cpu or input.is_meta or forward_ad._current_level >= 0:
+    if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
         return "reference"
     return "torch"
 

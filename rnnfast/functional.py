@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import _VF, Tensor
 
-from . import backends, reference
+from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
 
@@ -54,7 +54,8 @@ def rnn(
     Raises:
         RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
     """
-    if backends.select(input) == "cpu" and not torch.compiler.is_compiling():
+    backend = backends.select(input)
+    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
         # The loop below, without its overhead.
         drop = dropout if training else 0.0
         return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
@@ -75,8 +76,14 @@ def rnn(
             f"got {list(hx.shape)}"
         )
 
-    backend = backends.select(input)
-    if backend == "torch":
+    exporter = onnx.exporter()
+    if exporter == "export":
+        return onnx.rnn(
+            input, hx, weights, batch_sizes=batch_sizes, nonlinearity=nonlinearity, bias=bias,
+            num_layers=num_layers, dropout=dropout, training=training,
+            bidirectional=bidirectional, batch_first=batch_first,
+        )  # fmt: skip
+    if backend == "torch" or exporter == "torchscript":
         return _torch_rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
             bidirectional, batch_first,
@@ -181,10 +188,12 @@ def rnn_cell(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
     backend = backends.select(input)
-    if backend == "cpu" and not torch.compiler.is_compiling():
+    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
         return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )
+    if onnx.exporter():  # ONNX has no cell, and takes plain operators
+        backend = "reference"
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -135,8 +136,8 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if hx is None:
-            self.check_input(input, batch_sizes)
+        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
+            self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:
             self.check_forward_args(input, hx, batch_sizes)
         return functional.rnn(
@@ -186,7 +187,7 @@ class RNNCell(nn.RNNCell):
         weights = self._parameters  # itself, as __getattr__ costs a tenth of a small call each time
         if len(weights) != 4:  # some are parametrized
             weights = {name: getattr(self, name) for name in _CELL_WEIGHTS}
-        h = functional.rnn_cell(
+        h = functional.rnn_cell(  # type: ignore[misc]
             input, hx, *(weights[name] for name in _CELL_WEIGHTS),  # type: ignore[arg-type]
             nonlinearity=self.nonlinearity,
         )  # fmt: skip

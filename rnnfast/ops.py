@@ -1,4 +1,4 @@
-"""The Python half of ``torch.ops.rnnfast``: fake kernels and a differentiable backward.
+"""The Python half of ``torch.ops.rnnfast``: fake kernels, FLOPs and the double backward.
 
 Schemas, autograd nodes and kernels are C++ (``csrc/op.cpp``). Nothing here is on the path of a
 forward or of an ordinary backward.
@@ -6,8 +6,12 @@ forward or of an ordinary backward.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
@@ -66,6 +70,23 @@ def _fake_rnn_layer_backward(
     )
 
 
+def _flops(input: Any, hx: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    """Of the products alone, two per multiply-add, as torch.utils.flop_counter counts others."""
+    flops: int = 2 * math.prod(input[:-1]) * w_hh[0] * (w_ih[1] + w_hh[0])
+    return flops
+
+
+def _backward_flops(
+    grad_out: Any, grad_h_n: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, *rest: Any, **__: Any
+) -> int:
+    needs_input, _, needs_w_ih, needs_w_hh, _ = rest[-1]
+    input_size, hidden_size = w_ih[1], w_hh[0]
+    recurrence = hidden_size  # needs no asking for
+    asked_for = input_size * (needs_input + needs_w_ih) + hidden_size * needs_w_hh
+    flops: int = 2 * math.prod(input[:-1]) * hidden_size * (recurrence + asked_for)
+    return flops
+
+
 _library: torch.library.Library | None = None  # its registrations live as long as it does
 
 
@@ -75,9 +96,10 @@ def register() -> None:
     torch.library.register_fake("rnnfast::rnn_layer", _fake_rnn_layer)
     torch.library.register_fake("rnnfast::rnn_layer_backward", _fake_rnn_layer_backward)
     torch.library.register_fake("rnnfast::_tanh", torch.empty_like)
+    register_flop_formula(torch.ops.rnnfast.rnn_layer)(_flops)
+    register_flop_formula(torch.ops.rnnfast.rnn_layer_backward)(_backward_flops)
     _library = torch.library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
-    _library.impl(  # type: ignore[no-untyped-call]
-        "_rnn_layer_backward_reference",
-        reference.rnn_layer_backward,
-        "CompositeImplicitAutograd",
-    )
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _library.impl(  # type: ignore[no-untyped-call]
+            "_rnn_layer_double_backward", reference.rnn_layer_double_backward, key
+        )

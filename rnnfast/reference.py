@@ -11,13 +11,14 @@ kernel applies. They are differentiable any number of times, in reverse and in f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["check_layer", "rnn_layer", "rnn_layer_backward"]
+__all__ = ["check_layer", "rnn_layer", "rnn_layer_backward", "rnn_layer_double_backward"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 _REDUCED = (torch.bfloat16, torch.float16)
@@ -174,8 +175,7 @@ def rnn_layer(
         steps = list(torch.split(projected, _sizes_of(input, hx, batch_sizes)))
 
     h = steps[0].new_empty((0, w_hh.shape[0])) if hx is None else hx[:0]
-    order = range(len(steps) - 1, -1, -1) if reverse else range(len(steps))
-    for t in order:
+    for t in _order(len(steps), reverse):
         live = steps[t].shape[0]
         carried = h[:live]
         if carried.shape[0] < live:  # sequences that start at this step
@@ -188,6 +188,54 @@ def rnn_layer(
         steps[t] = h
     h_n = steps[0].clone() if reverse else _last(steps).clone()
     return (torch.stack(steps) if batch_sizes is None else torch.cat(steps)), h_n
+
+
+def _pre_activation_gradients(
+    hs: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    grad_h_n: Tensor | None,
+    w_hh: Tensor,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``dh_t`` and ``dz_t`` of :func:`rnn_layer_backward` for every step."""
+    dhs, dzs = list(hs), list(hs)
+    dz: Tensor | None = None
+    for t in _order(len(hs), not reverse):
+        h, g = hs[t], gs[t]
+        live, carried = h.shape[0], 0 if dz is None else min(dz.shape[0], h.shape[0])
+        parts = []
+        if carried and dz is not None:
+            parts.append(g[:carried] + dz[:carried] @ w_hh)
+        if carried < live:
+            end = g[carried:]
+            parts.append(end if grad_h_n is None else end + grad_h_n[carried:live])
+        dhs[t] = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else g
+        dzs[t] = dz = dhs[t] * _slope(h, nonlinearity)
+    return dhs, dzs
+
+
+def _rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The rows of each step, of a dense or packed tensor."""
+    return list(torch.split(x.flatten(0, -2), sizes))
+
+
+def _slope(h: Tensor, nonlinearity: str) -> Tensor:
+    """``act'``, from its output."""
+    return 1 - h * h if nonlinearity == "tanh" else (h > 0).to(h.dtype)
+
+
+def _order(steps: int, reverse: bool) -> range:
+    return range(steps - 1, -1, -1) if reverse else range(steps)
+
+
+def _entering(h: Tensor, live: int, start: Tensor) -> Tensor:
+    """The state that enters a step of ``live`` sequences: ``h`` of the step before, and ``start``
+    of the sequences that begin here.
+    """
+    carried = h[:live]
+    begin = carried.shape[0]
+    return carried if begin == live else torch.cat([carried, start[begin:live]])
 
 
 def rnn_layer_backward(
@@ -207,10 +255,11 @@ def rnn_layer_backward(
     With ``g_t`` the gradient of ``out_t`` (plus that of ``h_n`` at each sequence's last visited
     step), the recurrence runs against the forward's direction::
 
-        dz_t = (g_t + W_hh^T dz_{t+1}) * act'(h_t)      tanh' = 1 - h^2,  ReLU' = [h > 0]
+        dh_t = g_t + W_hh^T dz_{t+1},    dz_t = dh_t * act'(h_t)
 
-    and the rest is ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``,
-    ``d_w_hh = sum dz_t h_{t-1}^T``, ``d_bias = sum dz_t``.
+    where ``act'`` is ``1 - h^2`` for tanh and ``[h > 0]`` for ReLU, and the rest is
+    ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``, ``d_w_hh = sum dz_t h_{t-1}^T``,
+    ``d_bias = sum dz_t``.
     """
     if input.dtype in _REDUCED:
         wide: Any = (
@@ -222,42 +271,110 @@ def rnn_layer_backward(
         grads = rnn_layer_backward(*wide)
         return tuple(_each(lambda x: x.to(input.dtype), *grads))
 
-    def split(x: Tensor) -> list[Tensor]:
-        return list(x.unbind(0) if batch_sizes is None else torch.split(x, batch_sizes.tolist()))
+    sizes = [input.shape[1]] * input.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    hs = _rows(out, sizes)
+    gs = _rows(torch.zeros_like(out) if grad_out is None else grad_out, sizes)
+    _, dzs = _pre_activation_gradients(hs, gs, grad_h_n, w_hh, nonlinearity, reverse)
+    dz = torch.cat(dzs)
+    h_prev = torch.cat(_shifted(hs, hx, reverse))
+    d_hx = None if hx is None else (_last(dzs) if reverse else dzs[0]) @ w_hh
+    d_input = (dz @ w_ih).reshape(input.shape)
+    return d_input, d_hx, dz.t() @ input.flatten(0, -2), dz.t() @ h_prev, dz.sum(0)
 
-    hs = split(out)
-    gs = [torch.zeros_like(h) for h in hs] if grad_out is None else split(grad_out)
-    dzs: list[Tensor] = [out] * len(hs)
-    last_first = range(len(hs)) if reverse else range(len(hs) - 1, -1, -1)
-    dz: Tensor | None = None
-    for t in last_first:
-        h, g = hs[t], gs[t]
-        live, carried = h.shape[0], 0 if dz is None else min(dz.shape[0], h.shape[0])
-        parts = []
-        if carried and dz is not None:
-            parts.append(g[:carried] + dz[:carried] @ w_hh)
-        if carried < live:
-            end = g[carried:]
-            parts.append(end if grad_h_n is None else end + grad_h_n[carried:live])
-        dh = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else g
-        slope = 1 - h * h if nonlinearity == "tanh" else (h > 0).to(h.dtype)
-        dz = dh * slope
-        dzs[t] = dz
 
-    # (t, before t) in the forward's order; sequences shorter than the later step have no pair.
-    h_prev, dz_next = [], []
-    for t in range(1, len(hs)):
-        early, late = (t, t - 1) if reverse else (t - 1, t)
-        n = min(hs[early].shape[0], hs[late].shape[0])
-        h_prev.append(hs[early][:n])
-        dz_next.append(dzs[late][:n])
+def _shifted(hs: Sequence[Tensor], hx: Tensor | None, reverse: bool) -> list[Tensor]:
+    """``h_{t-1}`` of every row: ``hx``, or zeros, where a sequence begins."""
+    order = _order(len(hs), reverse)
+    start = hs[0].new_zeros(hs[0].shape) if hx is None else hx
+    shifted, h = list(hs), start[:0]
+    for t in order:
+        shifted[t] = _entering(h, hs[t].shape[0], start)
+        h = hs[t]
+    return shifted
+
+
+def rnn_layer_double_backward(
+    gg_input: Tensor | None,
+    gg_hx: Tensor | None,
+    gg_w_ih: Tensor | None,
+    gg_w_hh: Tensor | None,
+    gg_bias: Tensor | None,
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    out: Tensor,
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``grad_out, grad_h_n, input, hx, w_ih, w_hh, out`` from those, ``gg_*``, of the
+    results of :func:`rnn_layer_backward`.
+
+    With ``q_t`` and ``r_t`` the gradients of ``dz_t`` and ``dh_t``, the recurrence is linear and
+    runs in the forward's direction, from ``r_{-1} = gg_hx`` on::
+
+        a_t = W_ih gg_input_t + gg_w_ih x_t + gg_w_hh h_{t-1} + gg_bias
+        q_t = a_t + W_hh r_{t-1},    r_t = q_t * act'(h_t)
+
+    and the rest is ``r_t`` for ``grad_out_t`` and, at each sequence's last visited step,
+    ``grad_h_n``; ``gg_w_ih^T dz_t`` for ``input_t``; ``sum dz_t gg_input_t^T`` for ``w_ih``;
+    ``sum dz_t r_{t-1}^T`` for ``w_hh``; ``act''(h_t) dh_t q_t + gg_w_hh^T dz_{t+1}`` for ``out_t``,
+    with ``act'' = -2 h`` for tanh; and the same last term for ``hx``.
+    """
+    if input.dtype in _REDUCED:
+        tensors = (gg_input, gg_hx, gg_w_ih, gg_w_hh, gg_bias, grad_out, grad_h_n)
+        wide: Any = (
+            *_each(Tensor.float, *tensors, input, hx, w_ih, w_hh, out),
+            batch_sizes,
+            nonlinearity,
+            reverse,
+        )
+        grads = rnn_layer_double_backward(*wide)
+        return tuple(_each(lambda x: x.to(input.dtype), *grads))
+
+    sizes = [input.shape[1]] * input.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    h, x = out.flatten(0, -2), input.flatten(0, -2)
+    hs = _rows(out, sizes)
+    gs = _rows(torch.zeros_like(out) if grad_out is None else grad_out, sizes)
+    dhs, dzs = _pre_activation_gradients(hs, gs, grad_h_n, w_hh, nonlinearity, reverse)
+    dh, dz = torch.cat(dhs), torch.cat(dzs)
+
+    a = torch.zeros_like(h)
+    if gg_input is not None:
+        a = a + gg_input.flatten(0, -2) @ w_ih.t()
+    if gg_w_ih is not None:
+        a = a + x @ gg_w_ih.t()
+    if gg_w_hh is not None:
+        a = a + torch.cat(_shifted(hs, hx, reverse)) @ gg_w_hh.t()
+    if gg_bias is not None:
+        a = a + gg_bias
+    start = hs[0].new_zeros(hs[0].shape) if gg_hx is None else gg_hx
+    qs, r_prev, rs = _rows(a, sizes), list(hs), list(hs)
+    r = start[:0]
+    for t in _order(len(hs), reverse):
+        r_prev[t] = _entering(r, sizes[t], start)
+        qs[t] = qs[t] + r_prev[t] @ w_hh.t()
+        rs[t] = r = qs[t] * _slope(hs[t], nonlinearity)
+
+    d_out = torch.zeros_like(h) if nonlinearity == "relu" else -2 * h * dh * torch.cat(qs)
     d_hx = None
-    if hx is not None:
-        dz_first = _last(dzs) if reverse else dzs[0]
-        d_hx = dz_first @ w_hh
-        h_prev.append(hx)
-        dz_next.append(dz_first)
-    dz_all = torch.stack(dzs) if batch_sizes is None else torch.cat(dzs)
-    rows = dz_all.flatten(0, -2)
-    d_w_hh = torch.cat(dz_next).t() @ torch.cat(h_prev) if h_prev else torch.zeros_like(w_hh)
-    return dz_all @ w_ih, d_hx, rows.t() @ input.flatten(0, -2), d_w_hh, rows.sum(0)
+    if gg_w_hh is not None:
+        passed = [step @ gg_w_hh for step in dzs]
+        d_outs = _rows(d_out, sizes)
+        for before, t in pairwise(_order(len(hs), reverse)):
+            n = min(sizes[before], sizes[t])
+            d_outs[before] = d_outs[before] + F.pad(passed[t][:n], (0, 0, 0, sizes[before] - n))
+        d_out = torch.cat(d_outs)
+        d_hx = None if hx is None else _last(passed) if reverse else passed[0]
+    return (
+        None if grad_out is None else torch.cat(rs).reshape(out.shape),
+        None if grad_h_n is None else rs[0] if reverse else _last(rs),
+        None if gg_w_ih is None else (dz @ gg_w_ih).reshape(input.shape),
+        d_hx,
+        None if gg_input is None else dz.t() @ gg_input.flatten(0, -2),
+        dz.t() @ torch.cat(r_prev),
+        d_out.reshape(out.shape),
+    )

@@ -314,18 +314,6 @@ def test_many_threads_give_what_one_gives(backend):
         assert torch.equal(a, b)
 
 
-def test_compiles_into_one_graph(compiled):
-    _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
-    graph = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 4, 3, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    a, b = graph(x)[0], ours(y)[0]
-    a.square().sum().backward()
-    b.square().sum().backward()
-    assert torch.equal(a, b)
-    assert torch.equal(x.grad, y.grad)
-
-
 # ------------------------------------------------------------------------------------ RNNCell
 
 

@@ -465,3 +465,41 @@ def test_functional_rnn_on_raw_weights(backend):
     for a, b in zip(actual, ours(x, hx), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(ramp(x), ramp(x))
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sizes", [None, [4, 3, 3, 1]])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_reference_derivatives_are_those_of_its_forward(nonlinearity, reverse, sizes, with_state):
+    """The specification agrees with itself: its backward and double backward against autograd."""
+    torch.manual_seed(0)
+    shape = (4, 4, 3) if sizes is None else (sum(sizes), 3)
+    x = torch.randn(shape, dtype=f64, requires_grad=True)
+    hx = torch.randn(4, 5, dtype=f64, requires_grad=True) if with_state else None
+    w_ih, w_hh, b = (torch.randn(s, dtype=f64, requires_grad=True) for s in ((5, 3), (5, 5), (5,)))
+    rest = (None if sizes is None else torch.tensor(sizes), nonlinearity, reverse)
+    reference = rnnfast.reference
+    out, h_n = reference.rnn_layer(x, hx, w_ih, w_hh, b, None, *rest)
+
+    grads = [torch.randn_like(y).requires_grad_() for y in (out, h_n)]
+    leaves = [t for t in (x, hx, w_ih, w_hh, b) if t is not None]
+    expected = torch.autograd.grad((out, h_n), leaves, grads)
+    saved = out.detach().requires_grad_()
+    actual = reference.rnn_layer_backward(*grads, x, hx, w_ih, w_hh, saved, *rest)
+    assert (actual[1] is None) == (hx is None)
+    for a, b in zip([a for a in actual if a is not None], expected, strict=True):
+        assert_same(a, b, 4, 40)
+
+    inputs = [*grads, x, hx, w_ih, w_hh, saved]
+    ggs = [None if a is None else torch.randn_like(a) for a in actual]
+    expected = torch.autograd.grad(
+        [a for a in actual if a is not None],
+        [t for t in inputs if t is not None],
+        [g for g in ggs if g is not None],
+        allow_unused=True,
+    )
+    actual = reference.rnn_layer_double_backward(*ggs, *inputs, *rest)
+    actual = [a for a, t in zip(actual, inputs, strict=True) if t is not None]
+    for a, b in zip(actual, expected, strict=True):
+        assert_same(a, b if b is not None else torch.zeros_like(a), 8, 40)

@@ -32,6 +32,9 @@ SAMPLES = {
     "no state, no bias": lambda: _without(layer(4, 3, 2, 5, requires_grad=True)),
     "packed": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], False),
     "packed reverse": lambda: _packed(layer(1, 6, 2, 5, requires_grad=True), [3, 2, 1], True),
+    "batch first": lambda: _transposed(layer(3, 4, 2, 5, requires_grad=True)),
+    "empty batch": lambda: (*layer(4, 0, 2, 5, requires_grad=True), None, "tanh", False),
+    "one step": lambda: (*layer(1, 3, 2, 5, requires_grad=True), None, "tanh", False),
     "bfloat16": lambda: (*layer(4, 3, 2, 5, torch.bfloat16), None, "tanh", False),
 }
 
@@ -39,6 +42,11 @@ SAMPLES = {
 def _without(args):
     x, _, w_ih, w_hh, _, _ = args
     return x, None, w_ih, w_hh, None, None, None, "tanh", False
+
+
+def _transposed(args):
+    x, _, *weights = args
+    return x.detach().transpose(0, 1).requires_grad_(), None, *weights, None, "relu", False
 
 
 def _packed(args, sizes, reverse):
@@ -68,6 +76,23 @@ def test_opcheck(sample):
         torch.ops.rnnfast.rnn_layer_backward.default,
         (*grads, x, h, w_ih, w_hh, out, sizes, nonlinearity, reverse, mask),
     )
+
+
+def test_no_op_is_left_unchecked():
+    """The two above; here the rest but the double backward, made of ATen's ops when called."""
+    ops = torch.ops.rnnfast
+    x, h, *weights = layer(4, 3, 2, 5, requires_grad=True)
+    torch.library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
+    torch.library.opcheck(ops.rnn_cell.default, (x[0].detach(), h, *weights))
+    torch.library.opcheck(ops._tanh.default, (torch.randn(7),))
+    checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
+    checked.add("_rnn_layer_double_backward")
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
+    schemas = [torch._C._get_schema(name, "") for name in names]
+    computing = {schema.name for schema in schemas if schema.returns}  # the others only raise
+    assert computing == {f"rnnfast::{name}" for name in checked}
+    for schema in schemas:
+        assert not any(x.alias_info for x in (*schema.arguments, *schema.returns)), schema
 
 
 BAD = {

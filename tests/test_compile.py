@@ -1,0 +1,226 @@
+"""torch.compile and torch.export: one graph, dynamic sizes, the numbers of eager."""
+
+import pytest
+import torch
+from helpers import assert_same, pair, ramp
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+
+import rnnfast
+
+# Batch and length. Dynamo compiles anew for 0 and 1, and takes sizes that are equal in the first
+# call (to each other, or to 3 and 5, the features) to be one.
+SIZES = [(2, 6), (8, 6), (7, 9), (5, 3)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def train(call, module, *args):
+    """Outputs of call(*args), and the gradients of an uneven loss of them."""
+    module.zero_grad()
+    args = [x.detach().clone().requires_grad_() for x in args]
+    outputs = call(*args)
+    sum((y * ramp(y)).sum() for y in outputs).backward()
+    grads = [x.grad for x in args] + [p.grad.clone() for p in module.parameters()]
+    return [y.detach() for y in outputs] + grads
+
+
+def same(actual, expected, steps):
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(a, b, steps, 100, f"result {i}")
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_one_graph_for_all_sizes_forward_and_backward(compiled, with_state):
+    _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
+    graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, T in SIZES:
+        args = (torch.randn(B, T, 3), *([torch.randn(4, B, 5)] if with_state else []))
+        actual, expected = train(graph, ours, *args), train(ours, ours, *args)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert graphs() == 1
+
+
+def test_marked_dimensions_stay_dynamic(compiled):
+    _, ours = pair(3, 5)
+    graph = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for B, T in SIZES:
+        x = torch.randn(T, B, 3)
+        torch._dynamo.mark_dynamic(x, 0)  # an error if the graph would depend on it
+        torch._dynamo.mark_dynamic(x, 1)
+        assert torch.equal(graph(x)[0], ours(x)[0])
+    assert graphs() == 1
+
+
+def test_the_reference_compiles_too():
+    """Its loop is unrolled, so that only the batch is dynamic."""
+    _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
+    with rnnfast.backend("reference"):
+        graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+        for B in (2, 3, 7):
+            x = torch.randn(B, 4, 3)
+            same(train(graph, ours, x), train(ours, ours, x), 8)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed_sequences_in_one_graph(compiled, enforce_sorted, with_state):
+    _, ours = pair(3, 5, 2, bidirectional=True)
+
+    def call(packed, *state):
+        return ours(packed, *state)
+
+    graph = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([9, 8, 3, 2, 2, 2, 1], [4, 4, 4, 2], [9, 2]):
+        lengths = lengths if enforce_sorted else lengths[::-1]
+        data = [torch.randn(n, 3) for n in lengths]
+        state = [torch.randn(4, len(lengths), 5)] if with_state else []
+        results = []
+        for run in (graph, call):
+            ours.zero_grad()
+            leaves = [x.clone().requires_grad_() for x in data]
+            packed = pack_sequence(leaves, enforce_sorted=enforce_sorted)
+            out, h_n = run(packed, *state)
+            ((out.data * ramp(out.data)).sum() + (h_n * ramp(h_n)).sum()).backward()
+            grads = [x.grad for x in leaves] + [p.grad for p in ours.parameters()]
+            results.append([out.data.detach(), h_n.detach(), *grads])
+        same(*results, 2 * max(lengths))
+    assert graphs() == 1
+
+
+def test_packed_state_of_the_wrong_size_is_an_error_when_compiled(compiled):
+    ours = rnnfast.RNN(3, 5)
+    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+    graph = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"hx.*\[2, 5\].*\[3, 5\]"):
+        graph(packed, torch.randn(1, 3, 5))
+
+
+def test_packing_inside_breaks_the_graph_only_there(compiled):
+    """pack_padded_sequence is what Dynamo skips; around it the model is compiled."""
+    _, ours = pair(3, 5, batch_first=True)
+
+    def call(x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return ours(packed)[0].data
+
+    x, lengths = torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
+    assert_same(torch.compile(call, backend="aot_eager")(x, lengths), call(x, lengths), 6, 8)
+
+
+class Model(nn.Module):
+    """An RNN amid operators that Inductor fuses."""
+
+    def __init__(self, rnn_class=rnnfast.RNN):
+        super().__init__()
+        self.rnn = rnn_class(3, 5, 2, nonlinearity="relu", batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        out, h_n = self.rnn(torch.tanh(x) + 1)
+        return self.head(out).sigmoid(), h_n
+
+
+def test_inductor_gives_what_eager_gives(compiled):
+    torch.manual_seed(0)
+    model = Model()
+    graph = torch.compile(model, fullgraph=True, dynamic=True)
+    for B, T in SIZES[:2]:
+        x = torch.randn(B, T, 3)
+        same(train(graph, model, x), train(model, model, x), 2 * T)
+    assert graphs() == 1
+
+
+def test_autocast_and_cell_in_a_graph(compiled):
+    cell = rnnfast.RNNCell(3, 5)
+    ours = rnnfast.RNN(3, 5)
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours(x)[0], cell(x[0])
+
+    graph = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3)
+    for a, b in zip(graph(x), call(x), strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
+def test_vmap_in_a_graph(compiled):
+    ours = rnnfast.RNN(3, 5)
+    call = torch.vmap(lambda x: ours(x)[0])
+    x = torch.randn(6, 4, 2, 3)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+def test_nn_rnn_cannot_be_compiled_as_one_graph():
+    """The evidence for the README's table: refused; if allowed, unrolled, a graph per length."""
+    theirs = nn.RNN(3, 5)
+    graph = torch.compile(theirs, fullgraph=True, backend="aot_eager", dynamic=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="does not support RNN"):
+        graph(torch.randn(4, 2, 3))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        torch._dynamo.reset()
+        counters.clear()
+        for B, T in SIZES:
+            x = torch.randn(T, B, 3)
+            assert_same(graph(x)[0], theirs(x)[0], T, 8)
+        assert graphs() == len({T for _, T in SIZES})
+        with pytest.raises(Exception, match="data-dependent"):
+            graph(pack_sequence([torch.randn(n, 3) for n in (4, 2)]))
+
+
+# ------------------------------------------------------------------------------------- export
+
+DYNAMIC = ({0: torch.export.Dim("B"), 1: torch.export.Dim("T")},)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # nn.RNNBase's own list of weights
+def test_export_with_dynamic_shapes(compiled, tmp_path):
+    model = Model().eval()
+    program = torch.export.export(model, (torch.randn(2, 4, 3),), dynamic_shapes=DYNAMIC)
+    assert any("rnnfast.rnn_layer" in str(node.target) for node in program.graph.nodes)
+    file = tmp_path / "model.pt2"
+    torch.export.save(program, file)
+    loaded = torch.export.load(file).module()
+    lowered = program.run_decompositions().module()
+    for B, T in SIZES:
+        x = torch.randn(B, T, 3)
+        for run in (program.module(), loaded, lowered):
+            same(run(x), model(x), 2 * T)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_export_of_the_reference():
+    model = Model().eval()
+    with rnnfast.backend("reference"):
+        batch = ({0: torch.export.Dim("B")},)
+        program = torch.export.export(model, (torch.randn(2, 4, 3),), dynamic_shapes=batch)
+    x = torch.randn(7, 4, 3)
+    same(program.module()(x), model(x), 8)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_ahead_of_time_inductor_on_the_cpu(compiled, tmp_path):
+    model = Model().eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 4, 3),), dynamic_shapes=DYNAMIC)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        run = torch._inductor.aoti_load_package(package)
+        for B, T in SIZES:
+            x = torch.randn(B, T, 3)
+            same(run(x), model(x), 2 * T)
