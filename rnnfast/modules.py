@@ -184,11 +184,14 @@ class RNNCell(nn.RNNCell):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
-        weights = self._parameters  # itself, as __getattr__ costs a tenth of a small call each time
-        if len(weights) != 4:  # some are parametrized
-            weights = {name: getattr(self, name) for name in _CELL_WEIGHTS}
-        h = functional.rnn_cell(  # type: ignore[misc]
-            input, hx, *(weights[name] for name in _CELL_WEIGHTS),  # type: ignore[arg-type]
-            nonlinearity=self.nonlinearity,
-        )  # fmt: skip
+        try:  # the dictionary itself: each __getattr__ costs a twentieth of a small call
+            weights = [self._parameters[name] for name in _CELL_WEIGHTS]
+        except KeyError:  # parametrized
+            weights = [getattr(self, name) for name in _CELL_WEIGHTS]
+        h = functional.rnn_cell(
+            input,
+            hx,
+            *weights,
+            nonlinearity=self.nonlinearity,  # type: ignore[arg-type]
+        )
         return h if batched else h.squeeze(0)

@@ -366,6 +366,16 @@ def test_cell_errors(backend, x, h):
         rnnfast.RNNCell(3, 5)(*args)
 
 
+def test_cell_with_a_parametrized_weight_and_a_parameter_of_ones_own(backend):
+    theirs, ours = nn.RNNCell(3, 5), rnnfast.RNNCell(3, 5)
+    ours.load_state_dict(theirs.state_dict())
+    for cell in (theirs, ours):
+        parametrize.register_parametrization(cell, "weight_hh", Halved())
+        cell.own = nn.Parameter(torch.ones(1))
+    x, h = torch.randn(4, 3), torch.randn(4, 5)
+    assert_same(ours(x, h), theirs(x, h), 1, 8)
+
+
 def test_packed_output_is_a_packed_sequence_of_the_same_order(backend):
     ours = rnnfast.RNN(3, 5)
     packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
