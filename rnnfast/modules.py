@@ -185,13 +185,8 @@ class RNNCell(nn.RNNCell):
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
         try:  # the dictionary itself: each __getattr__ costs a twentieth of a small call
-            weights = [self._parameters[name] for name in _CELL_WEIGHTS]
+            weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
         except KeyError:  # parametrized
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
-        h = functional.rnn_cell(
-            input,
-            hx,
-            *weights,
-            nonlinearity=self.nonlinearity,  # type: ignore[arg-type]
-        )
+        h = functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
         return h if batched else h.squeeze(0)
