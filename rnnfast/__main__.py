@@ -33,7 +33,7 @@ def diagnosis() -> dict[str, Any]:
         "extension_error": backends.extension_error,
         "forced_backend": backends.forced(),
         "inputs": {
-            name: {backend: why(x) or "usable" for backend, why in backends.BACKENDS.items()}
+            name: {backend: why(x, None) or "usable" for backend, why in backends.BACKENDS.items()}
             | {"runs": backends.chosen(x)}
             for name, x in probes.items()
         },

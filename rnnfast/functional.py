@@ -69,14 +69,14 @@ def rnn(
             f"got {list(hx.shape)}"
         )
 
-    backend = backends.select(input)
+    backend = backends.select(input, weights[1].size(-1), batch_sizes is not None)
     if backend == "torch":
         return _torch_rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
             bidirectional, batch_first,
         )  # fmt: skip
     layer_of: _Layer = (
-        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+        reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
 
     time_major = batch_sizes is not None or not batch_first
@@ -174,13 +174,13 @@ def rnn_cell(
         raise RuntimeError(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
-    backend = backends.select(input)
+    backend = backends.select(input, w_hh.size(1))
     if backend == "torch":
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
         result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
         return result
     layer_of: _Layer = (
-        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+        reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
     return layer_of(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity, False)[1]

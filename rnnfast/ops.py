@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, triton_layer
 
 
 def _fake_rnn_layer(
@@ -81,3 +81,4 @@ def register() -> None:
         reference.rnn_layer_backward,
         "CompositeImplicitAutograd",
     )
+    triton_layer.register(_library)
