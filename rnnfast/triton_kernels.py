@@ -70,6 +70,17 @@ def _tanh(x):
 
 
 @triton.jit
+def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    # The conversion rounds to the nearest; the interpreter's to bfloat16 cuts off 16 bits.
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = bits.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def _load_matrix(w_ptr, TRANSPOSED: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
                  TILES: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """All of M in ``s M``, s a row: ``M[i, j]`` is ``w[i, j]``, or ``w[j, i]`` if TRANSPOSED.
@@ -94,7 +105,7 @@ def _load_matrix(w_ptr, TRANSPOSED: tl.constexpr, H: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def _product(state, matrix, j: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
-             PRECISION: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+             PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Tile j of ``state M``, ``[ROWS, TILE]``."""
     if DOT:
         total = tl.zeros_like(state[0])
@@ -103,12 +114,12 @@ def _product(state, matrix, j: tl.constexpr, TILES: tl.constexpr, DOT: tl.conste
             if m.dtype == tl.float32:
                 total = tl.dot(state[i], m, total, input_precision=PRECISION)
             else:
-                high = state[i].to(m.dtype)
+                high = _narrow(state[i], m.dtype, INTERPRETED)
                 rest = state[i] - high.to(tl.float32)
                 # An infinity is all in the high part: what is left of it would be NaN.
                 finite = tl.abs(high.to(tl.float32)) < float("inf")
-                low = tl.where(finite, rest, 0.0).to(m.dtype)
-                if WIDEN:  # the interpreter would multiply bfloat16 as integers
+                low = _narrow(tl.where(finite, rest, 0.0), m.dtype, INTERPRETED)
+                if INTERPRETED:  # which would multiply bfloat16 as integers
                     high = high.to(tl.float32)
                     low = low.to(tl.float32)
                     m = m.to(tl.float32)
@@ -171,7 +182,7 @@ def _load(ptr, t, first, live, stride_t, stride_row, stride_feature, row,
 
 @triton.jit
 def _store(ptr, tiles, first, live, row, H: tl.constexpr, TILE: tl.constexpr,
-           TILES: tl.constexpr):  # fmt: skip
+           TILES: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """The same, to a contiguous tensor."""
     for j in tl.static_range(TILES):
         f = j * TILE + tl.arange(0, TILE)[None, :]
@@ -179,7 +190,7 @@ def _store(ptr, tiles, first, live, row, H: tl.constexpr, TILE: tl.constexpr,
         mask = (row < live)[:, None]
         if j * TILE + TILE > H:
             mask &= f < H
-        tl.store(at, tiles[j].to(ptr.dtype.element_ty), mask=mask)
+        tl.store(at, _narrow(tiles[j], ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 # ------------------------------------------------------------------------------------ kernels
@@ -207,7 +218,7 @@ def rnn_forward(
     REVERSE: tl.constexpr,
     ACC: tl.constexpr,  # float32, or float64 for float64
     PRECISION: tl.constexpr,  # of tl.dot on float32: "tf32"
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -259,7 +270,7 @@ def rnn_forward(
                 z = x[j] + z
             for i in tl.static_range(I):
                 z = x[i] * w_ih[j * I + i] + z
-            z += _product(h, matrix, j, TILES, DOT, PRECISION, WIDEN)
+            z += _product(h, matrix, j, TILES, DOT, PRECISION, INTERPRETED)
             a = tl.where(z <= 0, 0.0, z) if RELU else _tanh(z)
             a = _inside(a, j, H, TILE)
             if steps_ptr is not None:  # a row that has ended, or has not begun, keeps its state
@@ -267,8 +278,8 @@ def rnn_forward(
             new = new + (a,)
         h = new
         x = x_next
-        _store(out_ptr, h, first, live, row, H, TILE, TILES)
-    _store(h_n_ptr, h, 0, B, row, H, TILE, TILES)
+        _store(out_ptr, h, first, live, row, H, TILE, TILES, INTERPRETED)
+    _store(h_n_ptr, h, 0, B, row, H, TILE, TILES, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -290,7 +301,7 @@ def rnn_backward(
     REVERSE: tl.constexpr,  # the forward's direction
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -330,10 +341,10 @@ def rnn_backward(
             d = c[j] if grad_out_ptr is None else c[j] + g[j]
             d *= tl.where(h[j] > 0, 1.0, 0.0) if RELU else 1.0 - h[j] * h[j]
             dz = dz + (d,)
-        _store(dz_ptr, dz, first, live, row, H, TILE, TILES)
+        _store(dz_ptr, dz, first, live, row, H, TILE, TILES, INTERPRETED)
         new = ()
         for j in tl.static_range(TILES):
-            d = _product(dz, matrix, j, TILES, DOT, PRECISION, WIDEN)
+            d = _product(dz, matrix, j, TILES, DOT, PRECISION, INTERPRETED)
             d = _inside(d, j, H, TILE)
             if steps_ptr is not None:
                 d = tl.where((row < live)[:, None], d, c[j])
@@ -342,4 +353,4 @@ def rnn_backward(
         h = h_next
         g = g_next
     if grad_hx_ptr is not None:
-        _store(grad_hx_ptr, c, 0, B, row, H, TILE, TILES)
+        _store(grad_hx_ptr, c, 0, B, row, H, TILE, TILES, INTERPRETED)

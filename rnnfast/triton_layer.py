@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -135,6 +136,8 @@ def why_not(input: Tensor, hidden_size: int | None = None) -> str | None:
     """Why the kernels cannot run a call, or None."""
     if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"{input.dtype} is none of float32, float64, bfloat16, float16."
+    if input.device.type == "meta":  # the op's fake kernel
+        return None
     if INTERPRETED:
         if input.device.type != "cpu":
             return f"the input is on {input.device}, and TRITON_INTERPRET=1 runs on the CPU."
@@ -142,30 +145,43 @@ def why_not(input: Tensor, hidden_size: int | None = None) -> str | None:
         return "the input is on the CPU, and TRITON_INTERPRET=1 is not set."
     elif input.device.type != "cuda":
         return f"the input is on {input.device}, not on a GPU."
+    if _import_error() is not None:
+        return _import_error()
+    if INTERPRETED:
+        return None
+    return _why_not_on(input.get_device(), input.dtype, hidden_size, tf32_allowed())
+
+
+@cache
+def _import_error() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton is not installed ({error})."
-    if INTERPRETED:
-        return None
-    properties = torch.cuda.get_device_properties(input.device)
-    if (properties.major, properties.minor) < (8, 0):
+    return None
+
+
+@cache
+def _why_not_on(
+    device: int, dtype: torch.dtype, hidden_size: int | None, tf32: bool
+) -> str | None:
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
         return (
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, "
             "below 8.0."
         )
-    tf32 = tf32_allowed()
-    largest = largest_hidden_size(input.dtype, tf32)
     if hidden_size is None:
         return None
+    largest = largest_hidden_size(dtype, tf32)
     if hidden_size > largest:
         return f"a hidden_size of {hidden_size} is above {largest}, all that one block holds."
-    needed = configuration(hidden_size, 1, input.dtype, tf32).shared_memory(input.itemsize)
+    needed = configuration(hidden_size, 1, dtype, tf32).shared_memory(dtype.itemsize)
     available = properties.shared_memory_per_block_optin
     if needed > available:
         return (
-            f"a hidden_size of {hidden_size} in {input.dtype} needs {needed} bytes of shared "
-            f"memory, and a block on {properties.name} has {available}."
+            f"a hidden_size of {hidden_size} in {dtype} needs {needed} bytes of shared memory, "
+            f"and a block on {properties.name} has {available}."
         )
     return None
 
@@ -258,7 +274,7 @@ def _launch(kernel: str, batch: int, config: Config, *args: Any, **constants: An
 
     run: Any = getattr(triton_kernels, kernel)[(-(-batch // config.rows),)]
     run(
-        *args, **constants, WIDEN=INTERPRETED, ROWS=config.rows, TILE=config.tile,
+        *args, **constants, INTERPRETED=INTERPRETED, ROWS=config.rows, TILE=config.tile,
         TILES=config.tiles, DOT=config.dot, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
 
