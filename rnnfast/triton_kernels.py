@@ -165,7 +165,8 @@ def _visit(s, steps, steps_ptr, T, B, DESCENDING: tl.constexpr):
 
 @triton.jit
 def _load(ptr, t, first, live, stride_t, stride_row, stride_feature, row,
-          F: tl.constexpr, steps_ptr, TILE: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+          F: tl.constexpr, steps_ptr, TILE: tl.constexpr, TILES: tl.constexpr,
+          ACC: tl.constexpr):  # fmt: skip
     """A step's rows of F features, in tiles of ``[ROWS, TILE]``; zeros for rows not alive."""
     base = ptr + (t * stride_t if steps_ptr is None else first * stride_row)
     tiles = ()
@@ -213,7 +214,7 @@ def rnn_forward(
     stride_xb,
     stride_xi,
     H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741 - input features, where the projection is fused
+    I: tl.constexpr,  # input features, where the projection is fused; else 0
     RELU: tl.constexpr,
     REVERSE: tl.constexpr,
     ACC: tl.constexpr,  # float32, or float64 for float64

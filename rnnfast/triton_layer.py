@@ -62,7 +62,7 @@ _FMA32 = ((16, 16, 1, 1), (32, 32, 1, 2), (64, 64, 1, 4), (128, 64, 2, 8), (192,
           (224, 32, 7, 8))  # fmt: skip
 _FMA64 = ((16, 16, 1, 1), (32, 32, 1, 4), (64, 64, 1, 4), (96, 32, 3, 8))
 _DOT16 = ((16, 16, 1, 1), (32, 32, 1, 2), (64, 64, 1, 4), (128, 128, 1, 8), (192, 64, 3, 8),
-          (256, 256, 1, 8))  # fmt: skip
+          (256, 64, 4, 8))  # fmt: skip
 _DOT32 = ((16, 16, 1, 1), (32, 32, 1, 2), (64, 64, 1, 4), (128, 128, 1, 8), (192, 64, 3, 8),
           (224, 32, 7, 8))  # fmt: skip
 
@@ -99,7 +99,7 @@ def tf32_allowed() -> bool:
     float32 here. See "TensorFloat-32" in the notes on CUDA of PyTorch's documentation.
     """
     matmul: str = torch.backends.cuda.matmul.fp32_precision
-    rnn: str = torch.backends.cudnn.rnn.fp32_precision
+    rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return matmul == rnn == "tf32"
 
 
@@ -162,9 +162,7 @@ def _import_error() -> str | None:
 
 
 @cache
-def _why_not_on(
-    device: int, dtype: torch.dtype, hidden_size: int | None, tf32: bool
-) -> str | None:
+def _why_not_on(device: int, dtype: torch.dtype, hidden_size: int | None, tf32: bool) -> str | None:
     properties: Any = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return (
@@ -340,10 +338,7 @@ def _project(input: Tensor, w_ih: Tensor) -> Tensor:
     """``x W_ih^T``, in float32 for 16-bit types: z is not rounded to storage before it is used."""
     x, w = _flat(input), w_ih.t()
     if input.dtype in (torch.bfloat16, torch.float16):
-        if input.is_cuda:
-            z = torch.mm(x, w, out_dtype=torch.float32)
-        else:
-            z = x.float() @ w.float()
+        z = torch.mm(x, w, out_dtype=torch.float32) if input.is_cuda else x.float() @ w.float()
     else:
         z = x @ w
     return z.view(*input.shape[:-1], w_ih.shape[0])
@@ -370,9 +365,7 @@ def rnn_layer_backward(
     torch.ops.rnnfast._check_layer.default(
         input, hx, w_ih, w_hh, None, None, batch_sizes, nonlinearity
     )
-    torch.ops.rnnfast._check_layer_grads.default(
-        grad_out, grad_h_n, input, w_hh, out, batch_sizes
-    )
+    torch.ops.rnnfast._check_layer_grads.default(grad_out, grad_h_n, input, w_hh, out, batch_sizes)
     _check_usable(input, w_hh.shape[0])
     need_x, need_h, need_w_ih, need_w_hh, need_b = output_mask
     steps = _Steps(input, batch_sizes, reverse)

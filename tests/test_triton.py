@@ -236,9 +236,14 @@ def test_an_override_holds_within_its_block_and_where_it_fits():
 
 @pytest.mark.parametrize(
     ("matmul", "rnn", "allowed"),
-    [("none", "tf32", False), ("tf32", "none", False), ("tf32", "ieee", False), ("tf32", "tf32", True)],
-)  # fmt: skip
-def test_tf32_needs_both_flags(monkeypatch, matmul, rnn, allowed):
+    [
+        ("none", "tf32", False),
+        ("tf32", "none", False),
+        ("tf32", "ieee", False),
+        ("tf32", "tf32", True),
+    ],
+)
+def test_tf32_needs_both_flags(matmul, rnn, allowed):
     assert not triton_layer.tf32_allowed()  # the defaults
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
     try:
