@@ -54,10 +54,8 @@ class Compiled:
         pointers["steps_ptr"] = "*i64"
         if I == 0:  # the projection, not rounded to storage
             pointers["x_ptr"] = "*fp64" if dtype == f64 else "*fp32"
-        aligned = [
-            n for n in pointers.keys() | {n for n in names if n.startswith("stride") and H % 16 == 0}
-            if n in names and n not in constants
-        ]  # fmt: skip
+        strides = {n for n in names if n.startswith("stride") and H % 16 == 0}
+        aligned = [n for n in names if n in pointers.keys() | strides and n not in constants]
         compiled = triton.compile(
             ASTSource(
                 function,
