@@ -155,7 +155,7 @@ def _length(steps_ptr, T, row):
 @triton.jit
 def _visit(s, steps, steps_ptr, T, B, DESCENDING: tl.constexpr):
     """The s-th of the steps to visit: its index t, its first row, and its number of rows."""
-    t = tl.to_tensor(steps - 1 - s if DESCENDING else s).to(tl.int64)
+    t = tl.cast(steps - 1 - s if DESCENDING else s, tl.int64)
     if steps_ptr is None:
         first, live = t * B, B
     else:
