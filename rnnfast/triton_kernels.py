@@ -172,7 +172,7 @@ def _load(ptr, t, first, live, stride_t, stride_row, stride_feature, row,
     tiles = ()
     for j in tl.static_range(TILES):
         f = j * TILE + tl.arange(0, TILE)[None, :]
-        at = base + row.to(tl.int64)[:, None] * stride_row + f * stride_feature
+        at = base + row.to(tl.int64)[:, None] * stride_row + f.to(tl.int64) * stride_feature
         mask = (row < live)[:, None]
         if j * TILE + TILE > F:
             mask &= f < F

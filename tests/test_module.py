@@ -157,7 +157,7 @@ def test_meta_device_and_to_empty(backend):
     assert out.device.type == "meta"
     assert out.shape == (2, 7, 10)
     assert h_n.shape == (4, 2, 5)
-    real = meta.to_empty(device="cpu")
+    real = meta.to_empty(device=torch.get_default_device())
     real.load_state_dict(nn.RNN(3, 5, 2, bidirectional=True, batch_first=True).state_dict())
     assert torch.isfinite(real(torch.randn(2, 7, 3))[0]).all()
 

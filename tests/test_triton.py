@@ -186,6 +186,24 @@ def test_deterministic(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(device, packed):
+    tensors, sizes = layer(device, f32, 3, 2, 3, 5, [3, 2] if packed else None)
+    torch.library.opcheck(torch.ops.rnnfast.rnn_layer.default, (*tensors, sizes, "tanh", False))
+
+
+def test_double_backward(device):
+    """Through the op's own node: the second derivative is that of the reference."""
+    tensors, _ = layer(device, f32, 3, 2, 2, 5)
+    seconds = []
+    for run in (torch.ops.rnnfast.rnn_layer, rnnfast.reference.rnn_layer):
+        out, _ = run(*tensors, None, "tanh", False)
+        (g,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+        seconds.append(torch.autograd.grad(g.square().sum(), tensors))
+    for a, b in zip(*seconds, strict=True):
+        assert_same(a, b, 3, 20)
+
+
 def test_every_subset_of_gradients(device):
     tensors, _ = layer(device, f32, 3, 2, 3, 5)
     x, hx, w_ih, w_hh, *_ = (t.detach() for t in tensors)
