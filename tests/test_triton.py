@@ -88,8 +88,8 @@ def check(device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, leng
 # T, B, I, H: every row of the tables of configurations; the projection fused and not; on a GPU
 # more rows than one wave of programs.
 SIZES = [
-    (3, 1, 1, 1), (4, 5, 3, 16), (4, 18, 1, 20), (3, 3, 9, 32), (4, 17, 8, 50), (3, 2, 70, 64),
-    (3, 2, 4, 96), (2, 3, 5, 128), (2, 2, 3, 150), (2, 17, 64, 192), (2, 2, 1, 200), (2, 2, 4, 224),
+    (3, 1, 1, 1), (3, 5, 3, 16), (2, 17, 1, 20), (2, 3, 9, 32), (2, 17, 8, 50), (2, 2, 70, 64),
+    (3, 2, 4, 96), (2, 3, 5, 128), (2, 2, 3, 150), (2, 2, 64, 192), (2, 2, 1, 200), (2, 1, 4, 224),
     (2, 2, 2, 256),
 ]  # fmt: skip
 FULL = [
@@ -117,13 +117,15 @@ def test_sizes(device, size, dtype):
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("lengths", [[6, 4, 4, 3, 1], [3], [5] * 4, [3] + [2] * 17])
 def test_packed(device, dtype, nonlinearity, reverse, lengths):
+    if INTERPRETED and dtype == f32:
+        lengths = lengths[:5]  # a program for each row, interpreted one after the other
     for I, H in ((2, 20), (20, 70)):
         check(device, dtype, lengths[0], len(lengths), I, H, nonlinearity=nonlinearity,
               reverse=reverse, lengths=lengths)  # fmt: skip
 
 
 def test_packed_longer_than_a_block_of_lengths(device):
-    check(device, f32, 260, 2, 1, 5, lengths=[260, 257])
+    check(device, f32, 258, 2, 1, 5, lengths=[258, 1])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
