@@ -78,7 +78,8 @@ class Step:
         """Run it within its limit and what is left of the whole, its output to a log."""
         begin = time.monotonic()
         log = folder / f"{self.name.replace(' ', '_')}.log"
-        environment = os.environ | self.variables
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path} | self.variables
         with log.open("w") as file:
             process = subprocess.Popen(
                 self.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
@@ -387,7 +388,8 @@ def plot(file: Path, found: dict[tuple[Any, ...], float]) -> None:
         ax.axhline(1, color="black", lw=0.8)
         ax.set(title=f"{what}, {'packed' if packed else 'dense'}", ylabel="times as fast as nn.RNN")
         ax.set_xticks(range(len(shapes)), [" ".join(map(str, s)) for s in shapes], rotation=60)
-    axes.flat[0].legend()
+        ax.set_xlabel("B T I H")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
