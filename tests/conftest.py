@@ -11,6 +11,19 @@ from rnnfast import triton_layer
 TRITON = "triton" if triton_layer.INTERPRETED else pytest.param("triton", marks=pytest.mark.gpu)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; runs with -m gpu alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "gpu" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 def require_extension():
     """Without the extension the kernel's half is skipped by name, or fails where
     RNNFAST_REQUIRE_EXT says that there must be one."""
