@@ -322,6 +322,15 @@ TORCH_LIBRARY(rnnfast, m) {
       "Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, "
       "bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_tanh(Tensor x) -> Tensor");
+  // The checks that every kernel begins with, for kernels that are not C++.
+  m.def(
+      "_check_layer(Tensor input, Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "Tensor? b_hh, Tensor? batch_sizes, str nonlinearity) -> ()",
+      &rnnfast::check_layer);
+  m.def(
+      "_check_layer_grads(Tensor? grad_out, Tensor? grad_h_n, Tensor input, Tensor w_hh, "
+      "Tensor out, Tensor? batch_sizes) -> ()",
+      &rnnfast::check_layer_grads);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
@@ -332,4 +341,9 @@ TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
 TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) {
   m.impl("rnn_layer",
          &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, m) {
+  m.impl("rnn_layer",
+         &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
 }

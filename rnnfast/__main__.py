@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -28,16 +29,24 @@ def diagnosis() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "triton": _version("triton"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "build": backends.build_record(),
         "extension_error": backends.extension_error,
         "forced_backend": backends.forced(),
         "inputs": {
-            name: {backend: why(x) or "usable" for backend, why in backends.BACKENDS.items()}
+            name: {backend: why(x, None) or "usable" for backend, why in backends.BACKENDS.items()}
             | {"runs": backends.chosen(x)}
             for name, x in probes.items()
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def main() -> None:
@@ -55,6 +64,7 @@ def main() -> None:
     print(f"extension  {extension}")
     print(f"CPU        {found['cpu_capability']}, {found['threads']} threads")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
+    print(f"triton     {found['triton'] or 'not installed'}")
     print(f"forced     {found['forced_backend'] or 'nothing (RNNFAST_BACKEND, rnnfast.backend)'}")
     print("\ninput            runs on")
     for name, row in found["inputs"].items():

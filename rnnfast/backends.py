@@ -5,6 +5,8 @@ backend     what it is                               taken when
 ==========  =======================================  ==============================================
 cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a floating dtype, and
                                                      the extension is built for this torch
+triton      the same op by Triton                    CUDA tensors where it was measured to win
+                                                     (nowhere yet), or where it is forced
 torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
                                                      never slower than nn.RNN there
 reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and
@@ -22,12 +24,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import triton_layer
 
 __all__ = [
     "BACKENDS",
@@ -118,7 +123,7 @@ def _vmapped() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-def _why_not_cpu(input: Tensor) -> str | None:
+def _why_not_cpu(input: Tensor, hidden_size: int | None = None) -> str | None:
     if extension_error is not None:
         return extension_error
     if not (input.is_cpu or input.is_meta):
@@ -130,13 +135,55 @@ def _why_not_cpu(input: Tensor) -> str | None:
     return None
 
 
-def _always(input: Tensor) -> str | None:
+def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None:
+    if extension_error is not None:  # it defines the op, and the op's autograd
+        return extension_error
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are the reference's."
+    return triton_layer.why_not(input, hidden_size)
+
+
+def _always(input: Tensor, hidden_size: int | None = None) -> str | None:
     return None
 
 
-#: name -> predicate: None where the backend can run a call with this input, else why not.
-BACKENDS: dict[str, Callable[[Tensor], str | None]] = {
+@dataclass(frozen=True)
+class TritonWin:
+    """Calls that the Triton kernel was measured to run faster than cuDNN."""
+
+    capability: tuple[int, int]  #: of the GPU measured; no other is assumed to be like it
+    dtype: torch.dtype
+    largest_hidden_size: int
+    packed: bool
+
+    def covers(self, input: Tensor, hidden_size: int, packed: bool) -> bool:
+        """Whether the measurement speaks for this call."""
+        return (
+            input.dtype == self.dtype
+            and packed == self.packed
+            and hidden_size <= self.largest_hidden_size
+            and torch.cuda.get_device_capability(input.device) == self.capability
+        )
+
+
+#: Empty as long as no figure was measured on a GPU: every CUDA call is PyTorch's own then, and the
+#: kernel runs where it is forced. A row needs the run of tools/gpu_check.py that shows it.
+TRITON_WINS: tuple[TritonWin, ...] = ()
+
+
+def _triton_wins(input: Tensor, hidden_size: int | None, packed: bool) -> bool:
+    if hidden_size is None or not any(w.covers(input, hidden_size, packed) for w in TRITON_WINS):
+        return False
+    if packed and torch.cuda.is_current_stream_capturing():  # batch_sizes would have to be copied
+        return False
+    return _why_not_triton(input, hidden_size) is None
+
+
+#: name -> predicate: None where the backend can run a call with this input (and hidden_size, where
+#: that is known), else why not.
+BACKENDS: dict[str, Callable[[Tensor, int | None], str | None]] = {
     "cpu": _why_not_cpu,
+    "triton": _why_not_triton,
     "torch": _always,
     "reference": _always,
 }
@@ -177,27 +224,34 @@ def forced() -> str | None:
     return _forced
 
 
-def chosen(input: Tensor) -> str:
-    """The table's choice for this input where nothing is forced."""
+def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) -> str:
+    """The table's choice for this call where nothing is forced."""
     if _why_not_cpu(input) is None:
         return "cpu"
+    if input.is_cuda and _triton_wins(input, hidden_size, packed):
+        return "triton"
     if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
         return "reference"
     return "torch"
 
 
-def select(input: Tensor) -> str:
+def select(input: Tensor, hidden_size: int | None = None, packed: bool = False) -> str:
     """Return the name of the backend that runs a call with this input.
+
+    Args:
+        input: of the call.
+        hidden_size: of the layer, where known: some kernels hold only so many units.
+        packed: whether the input is that of a PackedSequence.
 
     Raises:
         RuntimeError: the forced backend cannot run it.
     """
     if _forced is not None:
-        why = BACKENDS[_forced](input)
+        why = BACKENDS[_forced](input, hidden_size)
         if why is not None:
             raise RuntimeError(f"rnnfast: the forced backend '{_forced}' cannot run: {why}")
         return _forced
-    name = chosen(input)
+    name = chosen(input, hidden_size, packed)
     if name == "reference" and extension_error is not None:
         _warn_fallback()
     return name

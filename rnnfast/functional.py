@@ -13,6 +13,7 @@ from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
 
+_COMPILED = ("cpu", "triton")  # kernels of torch.ops.rnnfast.rnn_layer
 _Layer = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -54,8 +55,11 @@ def rnn(
     Raises:
         RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
     """
-    backend = backends.select(input)
-    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+    hidden_size = weights[1].size(-1) if len(weights) > 1 else None
+    backend = backends.select(input, hidden_size, batch_sizes is not None)
+    if backend in _COMPILED and not (
+        torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    ):
         # The loop below, without its overhead.
         drop = dropout if training else 0.0
         return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
@@ -89,7 +93,7 @@ def rnn(
             bidirectional, batch_first,
         )  # fmt: skip
     layer_of: _Layer = (
-        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+        reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
 
     time_major = batch_sizes is not None or not batch_first
@@ -187,8 +191,10 @@ def rnn_cell(
         raise RuntimeError(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
-    backend = backends.select(input)
-    if backend == "cpu" and not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+    backend = backends.select(input, w_hh.size(1))
+    if backend in _COMPILED and not (
+        torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    ):
         return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )
@@ -200,6 +206,6 @@ def rnn_cell(
         result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
         return result
     layer_of: _Layer = (
-        torch.ops.rnnfast.rnn_layer.default if backend == "cpu" else reference.rnn_layer
+        reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
     return layer_of(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity, False)[1]

@@ -188,5 +188,5 @@ class RNNCell(nn.RNNCell):
             weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
         except KeyError:  # parametrized
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
-        h = functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
+        h = functional.rnn_cell(input, hx, *weights, self.nonlinearity)
         return h if batched else h.squeeze(0)

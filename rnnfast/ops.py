@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import reference, triton_layer
 
 
 def _fake_rnn_layer(
@@ -103,3 +103,4 @@ def register() -> None:
         _library.impl(  # type: ignore[no-untyped-call]
             "_rnn_layer_double_backward", reference.rnn_layer_double_backward, key
         )
+    triton_layer.register(_library)

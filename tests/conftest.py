@@ -1,28 +1,60 @@
 import os
 
 import pytest
+import torch
 
 import rnnfast
+from rnnfast import triton_layer
+
+# Triton's kernels run interpreted, on CPU tensors, where TRITON_INTERPRET=1; else on a GPU, where
+# the marker asks for it: pytest -m gpu.
+TRITON = "triton" if triton_layer.INTERPRETED else pytest.param("triton", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    """Runs the test on each backend of this machine; without the extension the kernel's half is
-    skipped by name, or fails where RNNFAST_REQUIRE_EXT says that there must be one."""
-    if request.param == "cpu" and rnnfast.backends.extension_error is not None:
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; runs with -m gpu alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "gpu" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def require_extension():
+    """Without the extension the kernel's half is skipped by name, or fails where
+    RNNFAST_REQUIRE_EXT says that there must be one."""
+    if rnnfast.backends.extension_error is not None:
         if os.environ.get("RNNFAST_REQUIRE_EXT", "0") not in ("", "0"):
             pytest.fail(rnnfast.backends.extension_error)
         pytest.skip(rnnfast.backends.extension_error)
-    with rnnfast.backend(request.param):
+
+
+@pytest.fixture
+def gpu():
+    """The device of tests that need one; they run only when asked for, so none is a failure."""
+    if not torch.cuda.is_available():
+        pytest.fail("pytest -m gpu was asked for, and torch sees no GPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", "reference", TRITON])
+def backend(request):
+    """Runs the test on each backend of this machine; on a GPU, tensors are made there."""
+    if request.param != "reference":
+        require_extension()
+    on_gpu = request.param == "triton" and not triton_layer.INTERPRETED
+    device = request.getfixturevalue("gpu") if on_gpu else torch.device("cpu")
+    with rnnfast.backend(request.param), device:
         yield request.param
 
 
 @pytest.fixture
 def compiled():
     """The compiled kernels alone."""
-    if rnnfast.backends.extension_error is not None:
-        if os.environ.get("RNNFAST_REQUIRE_EXT", "0") not in ("", "0"):
-            pytest.fail(rnnfast.backends.extension_error)
-        pytest.skip(rnnfast.backends.extension_error)
+    require_extension()
     with rnnfast.backend("cpu"):
         yield

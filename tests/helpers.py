@@ -116,10 +116,10 @@ def sensitivities(module, x, hx, loss, expected):
     eps = torch.finfo(x.data.dtype).eps
 
     def changed(t):
-        sign = torch.randint(0, 2, t.shape, generator=generator).to(t).mul(2).sub(1)
+        sign = torch.randint(0, 2, t.shape, generator=generator, device="cpu").to(t).mul(2).sub(1)
         return t.detach() * (1 + eps * sign)
 
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator("cpu").manual_seed(5)
     scales: dict[str, float] = {}
     for _ in range(3):
         other = copy.deepcopy(module)

@@ -29,7 +29,7 @@ def python(code, **variables):
 
 def test_unknown_backend_is_an_error_that_lists_the_others():
     with (
-        pytest.raises(RuntimeError, match=r"'nope'.*auto, cpu, torch, reference"),
+        pytest.raises(RuntimeError, match=r"'nope'.*auto, cpu, triton, torch, reference"),
         rnnfast.backend("nope"),
     ):
         pass

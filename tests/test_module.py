@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnnfast
+from rnnfast import triton_layer
 
 CONFIGURATIONS = [
     dict(args=(3, 5)),
@@ -188,7 +189,7 @@ def test_meta_device_and_to_empty(backend):
     assert out.device.type == "meta"
     assert out.shape == (2, 7, 10)
     assert h_n.shape == (4, 2, 5)
-    real = meta.to_empty(device="cpu")
+    real = meta.to_empty(device=torch.get_default_device())
     real.load_state_dict(nn.RNN(3, 5, 2, bidirectional=True, batch_first=True).state_dict())
     assert torch.isfinite(real(torch.randn(2, 7, 3))[0]).all()
 
@@ -296,6 +297,8 @@ def test_autocast_gives_the_dtypes_of_nn_rnn(backend, dtype, module_dtype):
 
 
 def test_many_threads_give_what_one_gives(backend):
+    if backend == "triton" and triton_layer.INTERPRETED:
+        pytest.skip("Triton's interpreter is one for the whole process, not for each thread")
     ours = rnnfast.RNN(7, 33, 2, bidirectional=True)
     inputs = [torch.randn(9, b, 7) for b in range(1, 9)]
     expected = [ours(x)[0] for x in inputs]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import rnnfast
+from rnnfast import backends
 
 f64 = torch.float64
 
@@ -74,6 +75,8 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes_against_nn_rnn(backend, size, nonlinearity):
     B, T, I, H = size
+    if backend == "triton" and backends.BACKENDS["triton"](torch.empty(0, dtype=f64), H):
+        pytest.skip("more float64 units than one block on the GPU holds")
     theirs, ours = pair(I, H, nonlinearity=nonlinearity, bidirectional=True, dtype=f64)
     x = torch.randn(T, B, I, dtype=f64, requires_grad=True)
     hx = torch.randn(2, B, H, dtype=f64, requires_grad=True)
@@ -290,7 +293,7 @@ def test_gradcheck(backend, nonlinearity, reverse, batch_sizes, with_state):
     torch.manual_seed(3)
     B, T, I, H = 3, 3, 2, 3
     shape = (T, B, I) if batch_sizes is None else (sum(batch_sizes), I)
-    sizes = None if batch_sizes is None else torch.tensor(batch_sizes)
+    sizes = None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu")
     tensors = [torch.randn(s, dtype=f64) for s in (shape, (H, I), (H, H), (H,), (H,), (B, H))]
     tensors = [t.requires_grad_() for t in tensors[: 6 if with_state else 5]]
 
