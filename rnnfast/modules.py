@@ -188,5 +188,6 @@ class RNNCell(nn.RNNCell):
             weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
         except KeyError:  # parametrized
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
-        h = functional.rnn_cell(input, hx, *weights, self.nonlinearity)
+        w_ih, w_hh, b_ih, b_hh = weights
+        h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
         return h if batched else h.squeeze(0)
