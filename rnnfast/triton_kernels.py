@@ -44,9 +44,8 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(x):
-    # As csrc/cpu/time_loop.inc.h, with its minimax coefficients: x + x z P(z) below 9/16, beyond
-    # it 1 - 2 / (exp(2|x|) + 1), which is at least 1/2 and forgives the error of exp. NaN passes
-    # through both, infinities give +-1.
+    # x + x z P(z) below 9/16, with minimax coefficients; beyond it 1 - 2 / (exp(2|x|) + 1), which
+    # is at least 1/2 and forgives the error of exp. NaN passes through both, infinities give +-1.
     z = x * x
     if x.dtype == tl.float64:
         p = z * -0.000018903907411166039165 + 0.000082360830980555517499
