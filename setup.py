@@ -45,7 +45,9 @@ def extensions() -> list:
     link_args: list[str] = []
     if flag("RNNFAST_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        compile_args += [*sanitize, "-g", "-O1", "-fno-omit-frame-pointer"]
+        # Variable tracking would take minutes for the time loops, whose functions are long.
+        debug = ["-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
+        compile_args += [*sanitize, *debug]
         link_args += sanitize
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
     return [
