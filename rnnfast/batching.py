@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 __all__ = ["register"]
 
@@ -93,4 +93,4 @@ def register() -> None:
         "rnnfast::rnn_layer_backward": _rnn_layer_backward,
     }
     for name, rule in rules.items():
-        torch.library.register_vmap(name, rule)
+        library.register_vmap(name, rule)

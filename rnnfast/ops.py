@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference, triton_layer
@@ -37,7 +37,7 @@ def _fake_rnn_layer(
     elif type(batch_sizes) is Tensor:  # meta tensors with real batch_sizes
         batch = int(batch_sizes[0])
     else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch = library.get_ctx().new_dynamic_size()
     return (
         input.new_empty((*input.shape[:-1], hidden_size)),
         input.new_empty((batch, hidden_size)),
@@ -87,18 +87,18 @@ def _backward_flops(
     return flops
 
 
-_library: torch.library.Library | None = None  # its registrations live as long as it does
+_library: library.Library | None = None  # its registrations live as long as it does
 
 
 def register() -> None:
     """Register with the ops that the extension has defined."""
     global _library
-    torch.library.register_fake("rnnfast::rnn_layer", _fake_rnn_layer)
-    torch.library.register_fake("rnnfast::rnn_layer_backward", _fake_rnn_layer_backward)
-    torch.library.register_fake("rnnfast::_tanh", torch.empty_like)
+    library.register_fake("rnnfast::rnn_layer", _fake_rnn_layer)
+    library.register_fake("rnnfast::rnn_layer_backward", _fake_rnn_layer_backward)
+    library.register_fake("rnnfast::_tanh", torch.empty_like)
     register_flop_formula(torch.ops.rnnfast.rnn_layer)(_flops)
     register_flop_formula(torch.ops.rnnfast.rnn_layer_backward)(_backward_flops)
-    _library = torch.library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
+    _library = library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
         _library.impl(  # type: ignore[no-untyped-call]
             "_rnn_layer_double_backward", reference.rnn_layer_double_backward, key

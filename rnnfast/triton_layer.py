@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 __all__ = [
     "Config",
@@ -407,20 +407,20 @@ def rnn_layer_backward(
 # -------------------------------------------------------------------------------- registration
 
 
-def register(library: torch.library.Library) -> None:
+def register(ops: library.Library) -> None:
     """Register the ops' kernels for CUDA, and for the CPU where Triton is interpreted."""
-    library.impl("rnn_layer", rnn_layer, "CUDA")  # type: ignore[no-untyped-call]
-    library.impl("rnn_layer_backward", rnn_layer_backward, "CUDA")  # type: ignore[no-untyped-call]
+    ops.impl("rnn_layer", rnn_layer, "CUDA")  # type: ignore[no-untyped-call]
+    ops.impl("rnn_layer_backward", rnn_layer_backward, "CUDA")  # type: ignore[no-untyped-call]
     if INTERPRETED:
-        _register_interpreted(library)
+        _register_interpreted(ops)
 
 
-def _register_interpreted(library: torch.library.Library) -> None:
+def _register_interpreted(ops: library.Library) -> None:
     """On the CPU the compiled kernels stay; the interpreted ones run where they are forced."""
     from . import backends
 
     for name, interpreted in (("rnn_layer", rnn_layer), ("rnn_layer_backward", rnn_layer_backward)):
-        compiled = torch.library.get_kernel(f"rnnfast::{name}", "CPU")
+        compiled = library.get_kernel(f"rnnfast::{name}", "CPU")
 
         def run(
             keyset: Any, *args: Any, interpreted: Any = interpreted, compiled: Any = compiled
@@ -431,4 +431,4 @@ def _register_interpreted(library: torch.library.Library) -> None:
 
         with warnings.catch_warnings():  # that a kernel is overridden: it is, on purpose
             warnings.simplefilter("ignore", UserWarning)
-            library.impl(name, run, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
+            ops.impl(name, run, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, environment
+from torch import library
 
 import rnnfast
 
@@ -64,7 +65,7 @@ def _packed(args, sizes, reverse):
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(sample):
     args = SAMPLES[sample]()
-    torch.library.opcheck(torch.ops.rnnfast.rnn_layer.default, args)
+    library.opcheck(torch.ops.rnnfast.rnn_layer.default, args)
     x, h, w_ih, w_hh, _, _, sizes, nonlinearity, reverse = args
     with torch.no_grad():
         out, h_n = torch.ops.rnnfast.rnn_layer(*args)
@@ -72,7 +73,7 @@ def test_opcheck(sample):
     grads = (torch.ones_like(out), torch.ones_like(h_n))
     if sizes is not None:  # double backward reads batch_sizes, which no trace of it can do
         x, h, w_ih, w_hh = (t.detach() for t in (x, h, w_ih, w_hh))
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.rnnfast.rnn_layer_backward.default,
         (*grads, x, h, w_ih, w_hh, out, sizes, nonlinearity, reverse, mask),
     )
@@ -82,9 +83,9 @@ def test_no_op_is_left_unchecked():
     """The two above; here the rest but the double backward, made of ATen's ops when called."""
     ops = torch.ops.rnnfast
     x, h, *weights = layer(4, 3, 2, 5, requires_grad=True)
-    torch.library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
-    torch.library.opcheck(ops.rnn_cell.default, (x[0].detach(), h, *weights))
-    torch.library.opcheck(ops._tanh.default, (torch.randn(7),))
+    library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
+    library.opcheck(ops.rnn_cell.default, (x[0].detach(), h, *weights))
+    library.opcheck(ops._tanh.default, (torch.randn(7),))
     checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
     checked.add("_rnn_layer_double_backward")
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TRITON
 from helpers import assert_as_accurate, assert_same, tolerance
-from torch import nn
+from torch import library, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import rnnfast
@@ -191,7 +191,7 @@ def test_deterministic(device):
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(device, packed):
     tensors, sizes = layer(device, f32, 3, 2, 3, 5, [3, 2] if packed else None)
-    torch.library.opcheck(torch.ops.rnnfast.rnn_layer.default, (*tensors, sizes, "tanh", False))
+    library.opcheck(torch.ops.rnnfast.rnn_layer.default, (*tensors, sizes, "tanh", False))
 
 
 def test_double_backward(device):
