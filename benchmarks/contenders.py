@@ -110,10 +110,6 @@ def modules(
             out, h_n = module(x, hx)
             return (out.data if case.packed else out), h_n
 
-    def inference() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return forward()
-
     def training() -> tuple[Tensor, Tensor]:
         for p in parameters:
             p.grad = None
@@ -123,7 +119,7 @@ def modules(
 
     if case.work == "training":
         return Entry(training, gradients, around=around, events=events, live=live)
-    return Entry(inference, lambda v: {"output": v[0], "h_n": v[1]}, around=around, events=events)
+    return Entry(forward, lambda v: {"output": v[0], "h_n": v[1]}, around=around, events=events)
 
 
 def nn_rnn(problem: Problem, threads: int) -> Entry:
@@ -417,10 +413,6 @@ def flashrnn_elman(problem: Problem, threads: int, backend: str = "cuda_fused") 
         h, last = function(wx, r, b, h0, function="elman", backend=backend, dtype=case.dtype)
         return h[0].view(B, T, H), last[0].view(B, H)
 
-    def inference() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return forward()
-
     def training() -> tuple[Tensor, Tensor]:
         for leaf in leaves:
             leaf.grad = None
@@ -433,7 +425,7 @@ def flashrnn_elman(problem: Problem, threads: int, backend: str = "cuda_fused") 
             return named_gradients(problem, [leaf.grad for leaf in leaves if leaf.grad is not None])
         return {"output": value[0].transpose(0, 1), "h_n": value[1].unsqueeze(0)}
 
-    call = inference if case.work == "inference" else training
+    call = forward if case.work == "inference" else training
     try:
         call()
     except ValueError as error:  # sizes that its tiling cannot serve

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 
 import pytest
+import torch
 from torch import nn
 
 from .cases import Problem, cases
@@ -109,7 +110,9 @@ def test_rnn(request, benchmark, case, contender):
         if item.function is request.function and item.callspec.params["case"] == case
     )
     timed = benchmark.enabled
-    outcome = run(case, names, option.device, option.threads, option.full, timed)[contender]
+    # Gradient mode is the caller's, set once: no contender pays for it in each call.
+    with torch.set_grad_enabled(case.work == "training"):
+        outcome = run(case, names, option.device, option.threads, option.full, timed)[contender]
     if isinstance(outcome, Unsupported):
         pytest.skip(str(outcome))
     if isinstance(outcome, Exception):

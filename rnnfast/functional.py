@@ -57,10 +57,7 @@ def rnn(
     """
     hidden_size = weights[1].size(-1) if len(weights) > 1 else None
     backend = backends.select(input, hidden_size, batch_sizes is not None)
-    if backend in _COMPILED and not (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state()
-    ):
-        # The loop below, without its overhead.
+    if _takes_whole_calls(backend):  # the loop below, without its overhead
         drop = dropout if training else 0.0
         return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
@@ -122,6 +119,13 @@ def rnn(
             x = torch.dropout(x, dropout, True)
     h_n = final[0].unsqueeze(0) if len(final) == 1 else torch.stack(final)
     return (x if time_major else x.transpose(0, 1)), h_n
+
+
+def _takes_whole_calls(backend: str) -> bool:
+    """Whether C++ goes through layers and directions. Traces are to hold the ops of single layers."""
+    return backend in _COMPILED and not (
+        torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    )
 
 
 def _torch_rnn(
@@ -192,9 +196,7 @@ def rnn_cell(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
     backend = backends.select(input, w_hh.size(1))
-    if backend in _COMPILED and not (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state()
-    ):
+    if _takes_whole_calls(backend):
         return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )

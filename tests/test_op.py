@@ -182,7 +182,7 @@ def test_weights_of_any_stride():
         (60, 60, 5, 50, sorted([1, 60, 3, 60, 20] * 12, reverse=True)),
         (2, 70, 5, 300, None),  # panels are, the threads meeting after each step
         (3, 70, 5, 300, [70, 70, 4]),
-        (1, 50, 400, 300, None),  # the products of a step are, over unpacked weights
+        (1, 40, 400, 300, None),  # the products of a step are, over unpacked weights
     ],
     ids=["rows", "packed rows", "panels", "packed panels", "unpacked weights"],
 )

@@ -230,9 +230,11 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
-// Whether the rows are too few for packing the weights to pay: packing costs 0.65 ns a weight, and
-// saves some 25 % of a multiply-add (0.02 ns at best) with it for each row.
-bool worth_no_packing(const Steps& steps) { return steps.rows <= 128; }
+// Whether the rows are too few for packing the weights to pay. Measured break-even (AVX2, I = H, B
+// from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024.
+bool worth_no_packing(const Steps& steps, int64_t H) {
+  return steps.rows <= std::min<int64_t>(10 + H / 8, 56);
+}
 
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded, and where a call of the library (4 us) costs more than it saves. Else one
@@ -324,7 +326,9 @@ Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_o
   const auto slope = [&](Tensor to, const Tensor& dh, const Tensor& h) {
     relu ? at::threshold_backward_out(to, dh, h, 0) : at::tanh_backward_out(to, dh, h);
   };
-  const auto last = [&](const Tensor& x, int64_t s) { return x.select(0, steps.walk.reverse ? s : T - 1 - s); };
+  const auto last = [&](const Tensor& x, int64_t s) {
+    return x.select(0, steps.walk.reverse ? s : T - 1 - s);
+  };
   Tensor dz = at::empty(out.sizes(), out.options());
   std::optional<Tensor> dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
@@ -659,7 +663,7 @@ Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w
                             reverse, out);
   }
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    const auto run = worth_no_packing(steps) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
+    const auto run = worth_no_packing(steps, H) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
     run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
   });
   Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
