@@ -122,7 +122,7 @@ def rnn(
 
 
 def _takes_whole_calls(backend: str) -> bool:
-    """Whether C++ goes through layers and directions. Traces are to hold the ops of single layers."""
+    """Whether C++ walks layers and directions; a trace is to hold the op of each layer."""
     return backend in _COMPILED and not (
         torch.compiler.is_compiling() or torch._C._get_tracing_state()
     )
