@@ -182,14 +182,28 @@ Tensor adjacent_features(const Tensor& x) {
 
 Tensor flat(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
-// Packs w^T (transposed) or w into the time loop's panels.
+template <class T>
+int64_t panels_of(int64_t H) {
+  const int64_t columns = time_loop<T>().panel_columns;
+  return (H + columns - 1) / columns;
+}
+
+// Packs w^T (transposed) or w into the time loop's panels, shared out where there are many.
 template <class T>
 const T* pack_into(T*& space, const Tensor& w, bool transposed) {
+  const TimeLoop<T>& loop = time_loop<T>();
   T* packed = space;
   const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
-  time_loop<T>().pack(w.const_data_ptr<T>(), w.stride(transposed ? 1 : 0),
-                      w.stride(transposed ? 0 : 1), K, N, packed);
-  space += time_loop<T>().packed_size(K, N);
+  const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
+  const T* weights = w.const_data_ptr<T>();
+  constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
+  at::parallel_for(
+      0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
+      [&](int64_t begin, int64_t end) {
+        const int64_t n0 = begin * loop.panel_columns, n1 = std::min(end * loop.panel_columns, N);
+        loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
+      });
+  space += loop.packed_size(K, N);
   return packed;
 }
 
@@ -224,16 +238,12 @@ class Space {
   c10::DataPtr large_;
 };
 
-template <class T>
-int64_t panels_of(int64_t H) {
-  const int64_t columns = time_loop<T>().panel_columns;
-  return (H + columns - 1) / columns;
-}
-
 // Whether the rows are too few for packing the weights to pay. Measured break-even (AVX2, I = H, B
-// from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024.
+// from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024; with a single
+// step, as in a cell, which has less of a loop to gain: 16, 24, 50, 80, 110 at H = 16, 64, ..., 512.
 bool worth_no_packing(const Steps& steps, int64_t H) {
-  return steps.rows <= std::min<int64_t>(10 + H / 8, 56);
+  return steps.rows <= (steps.walk.seq_len == 1 ? std::min<int64_t>(10 + 5 * H / 16, 100)
+                                                : std::min<int64_t>(10 + H / 8, 56));
 }
 
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
