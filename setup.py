@@ -49,7 +49,7 @@ def extensions() -> list:
         debug = ["-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
         compile_args += [*sanitize, *debug]
         link_args += sanitize
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if "cuda" not in path.parts)
     return [
         CppExtension(
             "rnnfast._C",
