@@ -145,15 +145,12 @@ def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
         return f"the input is on {input.device}, not on a CUDA device."
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
-    return _why_not_cuda_on(
-        input.device, input.dtype, hidden_size or 1, triton_layer.tf32_allowed()
-    )
+    tf32 = triton_layer.tf32_allowed()
+    return _why_not_cuda_on(input.get_device(), input.dtype, hidden_size or 1, tf32)
 
 
 @cache
-def _why_not_cuda_on(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool
-) -> str | None:
+def _why_not_cuda_on(device: int, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str | None:
     return why_not_cuda(torch.ops.rnnfast._cuda_why_not, device, dtype, hidden_size)
 
 
@@ -161,12 +158,12 @@ def why_not_cuda(
     ask: Callable[..., int], device: int, dtype: torch.dtype, hidden_size: int
 ) -> str | None:
     """The sentence for a Refusal of csrc/cuda/time_loop.h, None for none."""
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # the question is no part of a model
+    tracing: Any = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # it is no part of a model
     try:
         refusal = ask(device, dtype, hidden_size)
     finally:
-        torch._C._set_tracing_state(tracing)
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     return (
         None,
         f"{dtype} is none of float32, float64, bfloat16, float16.",
