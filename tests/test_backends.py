@@ -160,19 +160,3 @@ def test_without_the_extension_forcing_it_is_an_error_that_says_why(copy_of_pack
     assert "the forced backend 'cpu' cannot run: the C++ extension is not built" in run.stderr
     run = fallback(copy_of_package, RNNFAST_BACKEND="reference")
     assert (run.returncode, run.stderr) == (0, "")
-
-
-def test_diagnosis():
-    def diagnose(*args):
-        return subprocess.run(
-            [sys.executable, "-m", "rnnfast", *args],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    found = json.loads(diagnose("--json"))
-    assert found["torch"] == str(torch.__version__)
-    assert found["inputs"]["cpu float32"]["runs"] == rnnfast.backends.chosen(torch.ones(1))
-    assert str(torch.__version__) in diagnose()
