@@ -108,16 +108,46 @@ def test_packed_state_of_the_wrong_size_is_an_error_when_compiled(compiled):
         graph(packed, torch.randn(1, 3, 5))
 
 
-def test_packing_inside_breaks_the_graph_only_there(compiled):
-    """pack_padded_sequence is what Dynamo skips; around it the model is compiled."""
-    _, ours = pair(3, 5, batch_first=True)
-
+def packing(rnn):
     def call(x, lengths):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return ours(packed)[0].data
+        return rnn(packed)[0].data
 
-    x, lengths = torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
-    assert_same(torch.compile(call, backend="aot_eager")(x, lengths), call(x, lengths), 6, 8)
+    return call, torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
+
+
+def test_packing_inside_breaks_the_graph_only_there(compiled):
+    """pack_padded_sequence is what Dynamo skips; nn.RNN is left out of the graphs, ours is not."""
+    captured = []
+
+    def keep(graph, _):
+        captured.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    theirs, ours = pair(3, 5, batch_first=True)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        call, x, lengths = packing(theirs)
+        expected = torch.compile(call, backend=keep)(x, lengths)
+        assert not any("rnn" in name for graph in captured for name in graph)
+    torch._dynamo.reset()
+    counters.clear()
+    captured.clear()
+    call, *_ = packing(ours)
+    assert_same(torch.compile(call, backend=keep)(x, lengths), expected, 6, 8)
+    assert ["rnnfast.rnn_layer.default" in graph for graph in captured] == [True]
+    (reason,) = counters["graph_break"]
+    assert "pack_padded_sequence" in reason
+    assert counters["graph_break"][reason] == 1
+
+
+@pytest.mark.parametrize("rnn", [nn.RNN, rnnfast.RNN])
+def test_packing_inside_is_refused_of_nn_rnn_and_of_ours_alike(compiled, rnn):
+    call, x, lengths = packing(rnn(3, 5, batch_first=True))
+    with (
+        torch._dynamo.config.patch(allow_rnn=True),
+        pytest.raises(torch._dynamo.exc.Unsupported, match=r"skipped(?s:.*)`pack_padded_sequence`"),
+    ):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(x, lengths)
 
 
 class Model(nn.Module):
