@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TRITON
 from helpers import assert_same, pair, ramp
 from torch import nn
 from torch._dynamo.utils import counters
@@ -41,8 +42,9 @@ def same(actual, expected, steps):
         assert_same(a, b, steps, 100, f"result {i}")
 
 
+@pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
 @pytest.mark.parametrize("with_state", [False, True])
-def test_one_graph_for_all_sizes_forward_and_backward(compiled, with_state):
+def test_one_graph_for_all_sizes_forward_and_backward(backend, with_state):
     _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
     graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
     for B, T in SIZES:
@@ -64,14 +66,16 @@ def test_marked_dimensions_stay_dynamic(compiled):
 
 
 def test_the_reference_compiles_too():
-    """Its loop is unrolled, so that only the batch is dynamic."""
+    """Its loop is unrolled, so that only the batch is dynamic, and no length may depend on data."""
     _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
     with rnnfast.backend("reference"):
         graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
         for B in (2, 3, 7):
             x = torch.randn(B, 4, 3)
             same(train(graph, ours, x), train(ours, ours, x), 8)
-    assert graphs() == 1
+        assert graphs() == 1
+        with pytest.raises(Exception, match="data-dependent"):
+            graph(pack_sequence([torch.randn(n, 3) for n in (4, 2)]))
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
@@ -233,13 +237,19 @@ def test_export_with_dynamic_shapes(compiled, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_export_of_the_reference():
+def test_export_of_the_reference(tmp_path):
     model = Model().eval()
     with rnnfast.backend("reference"):
         batch = ({0: torch.export.Dim("B")},)
         program = torch.export.export(model, (torch.randn(2, 4, 3),), dynamic_shapes=batch)
     x = torch.randn(7, 4, 3)
     same(program.module()(x), model(x), 8)
+    with torch.no_grad():
+        file = str(tmp_path / "model.pt2")
+        run = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
+        )
+        same(run(x), model(x), 8)
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")

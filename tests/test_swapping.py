@@ -103,6 +103,18 @@ def test_hooks_and_modes_stay(backend):
     assert seen == ["pre", "forward", "backward", "state_dict", "load"]
 
 
+def test_tied_weights_stay_tied(backend):
+    model = nn.ModuleDict(dict(a=nn.RNN(5, 5), b=nn.RNN(5, 5)))
+    model["b"].weight_hh_l0 = model["a"].weight_hh_l0
+    twin = copy.deepcopy(model)
+    assert rnnfast.swap(model).changed == ["a", "b"]
+    x = torch.randn(4, 2, 5)
+    for m in (model, twin):
+        m["b"](m["a"](x)[0])[0].square().sum().backward()
+    assert model["b"].weight_hh_l0 is model["a"].weight_hh_l0
+    assert_same(model["a"].weight_hh_l0.grad, twin["a"].weight_hh_l0.grad, 8, 8 + 16)
+
+
 class Halved(nn.Module):
     def forward(self, x):
         return x / 2
