@@ -1,10 +1,14 @@
 """torch.compile and torch.export: one graph, dynamic sizes, the numbers of eager."""
 
+from operator import getitem
+
 import pytest
 import torch
 from conftest import TRITON
+from functorch.compile import make_boxed_func
 from helpers import assert_same, pair, ramp
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
@@ -175,6 +179,23 @@ def test_inductor_gives_what_eager_gives(compiled):
         x = torch.randn(B, T, 3)
         same(train(graph, model, x), train(model, model, x), 2 * T)
     assert graphs() == 1
+
+
+def test_graphs_hold_the_two_ops_and_no_copies(compiled):
+    targets = set()
+
+    def keep(graph, _):
+        targets.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    ours = rnnfast.RNN(3, 5)
+    graph = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    graph(torch.randn(4, 2, 3))[0].sum().backward()
+    assert {"rnnfast.rnn_layer.default", "rnnfast.rnn_layer_backward.default"} < targets
+    others = {name for name in targets if not name.startswith("rnnfast")} - {str(getitem)}
+    assert others <= {
+        f"aten.{view}" for view in ("detach.default", "squeeze.dim", "unsqueeze.default")
+    }
 
 
 def test_autocast_and_cell_in_a_graph(compiled):
