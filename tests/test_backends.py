@@ -94,6 +94,22 @@ def test_torch_backend_is_nn_rnn_itself(nonlinearity, kind, with_state):
         assert torch.equal(cell(torch.ones(2, 3)), reference(torch.ones(2, 3)))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("allowed", "then", "grows"), [(1, 1, False), (3, 1, False), (3, 3, True)])
+def test_no_more_threads_run_than_are_allowed(compiled, allowed, then, grows):
+    code = f"""if True:
+        import os, rnnfast, torch
+        torch.set_num_threads({then})
+        rnn, x = rnnfast.RNN(64, 256), torch.randn(50, 64, 64)
+        before = len(os.listdir("/proc/self/task"))
+        with rnnfast.backend("cpu"):
+            rnn(x)[0].sum().backward()
+        print(len(os.listdir("/proc/self/task")) > before)
+    """
+    run = python(code, OMP_NUM_THREADS=str(allowed))
+    assert run.stdout.strip() == str(grows), run.stderr
+
+
 @pytest.fixture
 def copy_of_package(tmp_path):
     """The package's Python files alone, with no extension and no record of a build."""

@@ -79,6 +79,8 @@ def test_a_model_that_is_an_rnn_itself(backend):
     expected = model(x)[0]
     assert rnnfast.swap(model).changed == [""]
     assert type(model) is rnnfast.RNN
+    assert isinstance(model, nn.RNNBase)
+    assert not isinstance(model, nn.RNN)
     assert_same(model(x)[0], expected, 4, 8)
 
 
