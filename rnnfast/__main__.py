@@ -8,7 +8,7 @@ import argparse
 import json
 import platform
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -151,15 +151,15 @@ def _words(ranges: list[list[int | None]]) -> str:
     return ", ".join(shown + ["..."] * (len(ranges) > 3))
 
 
-def _names(calls: Iterable[tuple[str | None, bool]]) -> str:
-    """Of (transform, packed): ``dense packed vmap``, or ``any`` for all there are."""
-    calls = set(calls)
+def _names(calls: list[tuple[str | None, bool]]) -> str:
+    """Of (transform, packed): ``dense, packed, vmap``, or ``any`` for all there are."""
     if len(calls) == 2 * len(_TRANSFORMS):
         return "any"
     names = []
     for transform in _TRANSFORMS:
-        kinds = [("dense", "packed")[packed] for t, packed in sorted(calls, key=str)
-                 if t == transform]  # fmt: skip
+        kinds = [
+            k for packed, k in ((False, "dense"), (True, "packed")) if (transform, packed) in calls
+        ]
         if transform is None:
             names += kinds
         elif len(kinds) == 2:
@@ -183,7 +183,7 @@ def _table(calls: list[dict[str, Any]]) -> Iterator[str]:
                 classes.setdefault(found, []).append((c["transform"], c["packed"]))
         lines = []
         for (sizes, runs, forced, *reasons), who in classes.items():
-            lines.append(_ROW.format(f"  {_names(who)}", sizes, runs, forced))
+            lines.append(_ROW.format(f"  {_names(who)}", sizes, runs, forced).rstrip())
             for reason in reasons:
                 lines += textwrap.wrap(reason, 96, subsequent_indent=" " * 8)
         alike.setdefault((device, *lines), []).append(dtype)
