@@ -37,6 +37,7 @@ from . import triton_layer
 
 __all__ = [
     "BACKENDS",
+    "TAKEN",
     "FallbackWarning",
     "backend",
     "build_record",
@@ -180,6 +181,14 @@ def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None
     return triton_layer.why_not(input, hidden_size)
 
 
+def _why_not_torch(input: Tensor, hidden_size: int | None = None) -> str | None:
+    if _vmapped():
+        return "PyTorch's own RNN has no batching rule."
+    if forward_ad._current_level >= 0 and not input.is_cpu:
+        return "PyTorch's own RNN has forward-mode derivatives on the CPU alone."
+    return None
+
+
 def _always(input: Tensor, hidden_size: int | None = None) -> str | None:
     return None
 
@@ -227,8 +236,17 @@ BACKENDS: dict[str, Callable[[Tensor, int | None], str | None]] = {
     "cpu": _why_not_cpu,
     "cuda": _why_not_cuda,
     "triton": _why_not_triton,
-    "torch": _always,
+    "torch": _why_not_torch,
     "reference": _always,
+}
+
+#: name -> when :func:`chosen` takes a backend, of those that can run the call.
+TAKEN: dict[str, str] = {
+    "cpu": "always",
+    "cuda": "where a row of GPU_WINS says that it was measured to be faster",
+    "triton": "where a row of GPU_WINS says that it was measured to be faster",
+    "torch": "on devices other than the CPU, where no kernel of ours is taken",
+    "reference": "where none of the others is",
 }
 
 
@@ -275,7 +293,7 @@ def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
         return "cpu"
     if input.is_cuda and (winner := _winner(input, hidden_size, packed)):
         return winner
-    if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
+    if input.is_cpu or input.is_meta or _why_not_torch(input) is not None:
         return "reference"
     return "torch"
 
