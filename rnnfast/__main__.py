@@ -49,6 +49,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cuda_kernels(build: dict[str, Any]) -> str:
+    if build.get("cuda"):
+        return f"kernels for {build['cuda_arch_list']}, built with CUDA {build['cuda']}"
+    return ": ".join(["no kernels built", *filter(None, [build.get("why_not_cuda")])])
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m rnnfast", description=__doc__)
@@ -62,6 +68,7 @@ def main() -> None:
     print(f"rnnfast    {found['rnnfast']}")
     print(f"torch      {found['torch']}, Python {found['python']}, {found['platform']}")
     print(f"extension  {extension}")
+    print(f"CUDA       {_cuda_kernels(build)}")
     print(f"CPU        {found['cpu_capability']}, {found['threads']} threads")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
     print(f"triton     {found['triton'] or 'not installed'}")

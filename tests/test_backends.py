@@ -130,6 +130,10 @@ def fallback(target, code=USE, **environment):
         ({"extension": False, "error": "no compiler: g++"}, "not built: no compiler: g++"),
         ({"extension": True, "torch": "1.2.3"}, "built for torch 1.2.3 and this is torch"),
         ({"extension": True, "torch": str(torch.__version__)}, "missing from the package"),
+        (
+            {"extension": True, "torch": str(torch.__version__), "cuda": "9.1"},
+            f"built for CUDA 9.1 and this torch {torch.__version__} has ",
+        ),
         ("broken", "does not load"),
     ],
 )
