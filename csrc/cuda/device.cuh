@@ -1,0 +1,151 @@
+// What the kernels use of the machine, in one place: numbers, tensor cores, barriers, memory that
+// blocks share. tests/cuda_emulation/ has the same functions for a CPU.
+#pragma once
+
+#ifdef RNNFAST_EMULATED
+#include "emulated_device.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <type_traits>
+
+#define RNNFAST_UNROLL _Pragma("unroll")
+
+namespace rnnfast::cuda {
+
+// ----------------------------------------------------------------------------------- numbers
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct tf32 {  // float32 in memory
+  float value;
+};
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(tf32 x) { return x.value; }
+__device__ inline float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float widen(f16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+__device__ inline void narrow(float x, float* to) { *to = x; }
+__device__ inline void narrow(double x, double* to) { *to = x; }
+__device__ inline void narrow(float x, tf32* to) { to->value = x; }
+__device__ inline void narrow(float x, bf16* to) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+}
+__device__ inline void narrow(float x, f16* to) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+}
+
+// To the nearest TF32, in a float's bits.
+__device__ inline float round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+__device__ inline float fast_exp(float x) { return __expf(x); }
+__device__ inline float fast_divide(float x, float y) { return __fdividef(x, y); }
+
+// -------------------------------------------------------------------------------- tensor cores
+
+// c += a b, 16 units by 8 rows by 16 (tf32: 8) terms; fragments as in the PTX manual, mma.m16n8k16
+// and mma.m16n8k8.
+__device__ inline void mma(bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(f16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(tf32, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// -------------------------------------------------------------------------------------- blocks
+
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return shared;
+}
+
+// All threads of the blocks of a cluster: what each wrote to shared memory, its own or another's,
+// is seen by all.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
+// Stores to the same place of the shared memory of another block of the cluster.
+template <class T>
+__device__ inline void store_to_rank(T* own, int rank, T value) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = uint32_t(__cvta_generic_to_shared(own));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    memcpy(&bits, &value, 2);
+    asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(there), "h"(bits) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(bits) : "memory");
+  } else {
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(bits) : "memory");
+  }
+#endif
+}
+
+// Global memory as the other blocks see it, past this multiprocessor's own cache.
+__device__ inline uint4 load_shared_by_grid(const uint4* from) { return __ldcg(from); }
+
+// All threads of `blocks` blocks, which must run at the same time, meet for the `meeting`-th time
+// (from 1 on) at a counter that began as zero.
+__device__ inline void grid_barrier(unsigned long long* counter, int blocks,
+                                    unsigned long long meeting) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1ull);
+    unsigned long long arrived;
+#ifdef RNNFAST_BOUNDED_BARRIERS
+    long long spins = 0;
+#endif
+    do {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(arrived) : "l"(counter) : "memory");
+#ifdef RNNFAST_BOUNDED_BARRIERS
+      if (++spins > (1ll << 28)) __trap();
+#endif
+    } while (arrived < meeting * blocks);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+}  // namespace rnnfast::cuda
+#endif

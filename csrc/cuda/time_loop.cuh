@@ -1,0 +1,337 @@
+// The kernel: one launch walks all steps of one layer, forward or backward (see time_loop.h).
+//
+// Who owns what. A group of blocks owns a few rows of the batch and walks their steps alone; block
+// `rank` of the group owns kUnits of the H units. Rows are taken kTileRows at a time, `tiles` times
+// a step. Blocks of different groups never meet.
+//
+// Where the operands live. A block's slice of W_hh is in registers, for all steps. The state of the
+// group's rows (forward h, backward dz), complete, is in every block's shared memory, twice: one copy
+// is read while the next is written. With one block it is written there directly; in a cluster every
+// block writes its units to all of them (distributed shared memory); in a grid (FAR) it is written to
+// global memory, and each tile is fetched from there before its product. What a step needs from
+// global memory besides (x, or h and its gradient) is loaded one tile ahead.
+//
+// What synchronises. Within a step, a tile's product and the use of its sums are separated by
+// __syncthreads(). Between steps all blocks of the group meet once: by __syncthreads(), the cluster's
+// barrier or a counter in global memory.
+#pragma once
+
+#include "time_loop.h"
+#include "products.cuh"
+#include "variants.h"
+
+namespace rnnfast::cuda {
+
+// ---------------------------------------------------------------------------------- activation
+
+__device__ inline double tanh_of(double x) { return tanh(x); }
+
+// x + x z P(z) below 9/16, with minimax coefficients; beyond it 1 - 2 / (exp(2|x|) + 1), which is at
+// least 1/2 and forgives the error of exp. NaN passes through both, infinities give +-1.
+__device__ inline float tanh_of(float x) {
+  const float z = x * x, magnitude = fabsf(x);
+  float p = z * -0.00617981968047f + 0.0210074679527f;
+  p = p * z - 0.0538374331294f;
+  p = p * z + 0.133324523105f;
+  p = p * z - 0.333333138896f;
+  const float large = 1.0f - fast_divide(2.0f, fast_exp(2.0f * magnitude) + 1.0f);
+  return magnitude < 0.5625f ? x + x * (z * p) : x < 0 ? -large : large;
+}
+
+template <class Acc>
+__device__ Acc activate(Acc z, bool relu) {
+  return relu ? (z <= 0 ? Acc(0) : z) : tanh_of(z);
+}
+
+template <class Acc>
+__device__ Acc slope(Acc h, bool relu) {
+  return relu ? Acc(h > 0) : 1 - h * h;
+}
+
+// ---------------------------------------------------------------------------------------- walk
+
+struct Visit {
+  int64_t t, first, live;  // the step, its first row, and its number of rows
+};
+
+// The number of steps that a row takes part in: those with more rows than its index.
+__device__ inline int64_t length_of(const Layer& p, int64_t row) {
+  if (!p.steps) return p.T;
+  int64_t low = 1, high = p.T;  // every row is in the first step
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    p.steps[p.T + middle] > row ? low = middle + 1 : high = middle;
+  }
+  return low;
+}
+
+// The s-th of the steps to visit.
+__device__ inline Visit visit(const Layer& p, int64_t s, int64_t steps) {
+  const int64_t t = p.descending ? steps - 1 - s : s;
+  if (!p.steps) return {t, t * p.B, p.B};
+  return {t, p.steps[t], p.steps[p.T + t]};
+}
+
+// --------------------------------------------------------------------------------- shared memory
+
+// Offsets in bytes; the launcher and the kernel agree on them here.
+template <class Product, bool FAR>
+struct SharedLayout {
+  using Acc = typename Product::Acc;
+  // Lanes that write sums of different rows at once find different banks.
+  static constexpr int kSumsStride = Product::kUnits + 4;
+  static constexpr size_t kStateTile =
+      size_t(Product::kPlanes) * Product::kTileRows * Product::kStateStride;  // elements
+
+  size_t state = 0, sums, own, bias, w_ih, total;
+
+  __host__ __device__ SharedLayout(int tiles, bool backward) {
+    sums = state + (FAR ? 1 : 2 * tiles) * kStateTile * sizeof(typename Product::State);
+    own = sums + size_t(Product::kSplits) * Product::kTileRows * kSumsStride * sizeof(Acc);
+    bias = own + (backward ? 0 : size_t(tiles) * Product::kTileRows * Product::kUnits * sizeof(Acc));
+    w_ih = bias + (backward ? 0 : Product::kUnits * sizeof(Acc));
+    total = w_ih + (backward ? 0 : size_t(kFusedInput) * Product::kUnits * sizeof(Acc));
+  }
+};
+
+// -------------------------------------------------------------------------------------- kernel
+
+template <class Product, bool FAR, bool BACKWARD>
+__global__ void __launch_bounds__(Product::kThreads) time_loop(Layer p, Grid grid) {
+  using Number = typename Product::Number;
+  using Acc = typename Product::Acc;
+  using State = typename Product::State;
+  using Layout = SharedLayout<Product, FAR>;
+  constexpr int kUnits = Product::kUnits, kTileRows = Product::kTileRows;
+  constexpr int kItems = (kTileRows * kUnits + Product::kThreads - 1) / Product::kThreads;
+
+  const int H = p.H, tiles = grid.tiles;
+  const int rank = blockIdx.x % grid.blocks, group = blockIdx.x / grid.blocks;
+  const int groups = gridDim.x / grid.blocks;
+  const int unit0 = rank * kUnits;
+
+  const Layout layout(tiles, BACKWARD);
+  unsigned char* shared = dynamic_shared();
+  State* const state = reinterpret_cast<State*>(shared + layout.state);
+  Acc* const sums = reinterpret_cast<Acc*>(shared + layout.sums);
+  Acc* const own = reinterpret_cast<Acc*>(shared + layout.own);    // forward: [tiles, rows, units]
+  Acc* const bias = reinterpret_cast<Acc*>(shared + layout.bias);  // [units]
+  Acc* const w_ih = reinterpret_cast<Acc*>(shared + layout.w_ih);  // [I, units]
+
+  // FAR: every group's counter, then every group's two copies of the state.
+  auto* const counter = static_cast<unsigned long long*>(p.workspace) + group * kCounterStride;
+  State* const far_state =
+      reinterpret_cast<State*>(static_cast<unsigned long long*>(p.workspace) +
+                               groups * kCounterStride) +
+      group * 2 * tiles * Layout::kStateTile;
+  unsigned long long meetings = 0;
+  const auto meet = [&] {
+    if constexpr (FAR) {
+      grid_barrier(counter, grid.blocks, ++meetings);
+    } else if (grid.blocks > 1) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
+  };
+  const auto publish = [&](int copy, int tile, int row, int unit, Acc value) {
+    State planes[Product::kPlanes];
+    Product::split_state(value, planes);
+    RNNFAST_UNROLL
+    for (int plane = 0; plane < Product::kPlanes; ++plane) {
+      const size_t at = (copy * tiles + tile) * Layout::kStateTile +
+                        (plane * kTileRows + row) * Product::kStateStride + unit;
+      if constexpr (FAR) {
+        far_state[at] = planes[plane];
+      } else if (grid.blocks > 1) {
+        for (int r = 0; r < grid.blocks; ++r) store_to_rank(state + at, r, planes[plane]);
+      } else {
+        state[at] = planes[plane];
+      }
+    }
+  };
+
+  Product product;
+  product.load(static_cast<const Number*>(p.w_hh), H, unit0, !BACKWARD);
+  if constexpr (!BACKWARD) {
+    for (int u = threadIdx.x; u < kUnits; u += Product::kThreads) {
+      const bool inside = unit0 + u < H;
+      Acc sum = 0;
+      if (inside && p.b_ih) sum += widen(static_cast<const Number*>(p.b_ih)[unit0 + u]);
+      if (inside && p.b_hh) sum += widen(static_cast<const Number*>(p.b_hh)[unit0 + u]);
+      bias[u] = sum;
+      for (int i = 0; i < p.I; ++i) {
+        w_ih[i * kUnits + u] =
+            inside ? Acc(widen(static_cast<const Number*>(p.w_ih)[int64_t(unit0 + u) * p.I + i]))
+                   : Acc(0);
+      }
+    }
+  }
+  // The terms from H on, and the rows from B on, are zeros.
+  for (size_t i = threadIdx.x; i < (FAR ? 1 : 2 * tiles) * Layout::kStateTile;
+       i += Product::kThreads) {
+    state[i] = State(0);
+  }
+  meet();
+
+  // An item is a row and a unit of a tile; thread n owns the items n, n + kThreads, ...
+  const auto for_each_item = [&](auto&& f) {
+    RNNFAST_UNROLL
+    for (int j = 0; j < kItems; ++j) {
+      const int item = threadIdx.x + j * Product::kThreads;
+      const int row = item / kUnits, unit = item % kUnits;
+      if (row < kTileRows && unit0 + unit < H) f(j, row, unit);
+    }
+  };
+
+  for (int64_t row0 = int64_t(group) * tiles * kTileRows; row0 < p.B;
+       row0 += int64_t(groups) * tiles * kTileRows) {
+    const int64_t steps = length_of(p, row0);
+
+    // What an item needs from global memory in a visit: forward z without the recurrence; backward
+    // h and g.
+    struct Operands {
+      Acc z, h, g;
+    };
+    const auto fetch = [&](const Visit& v, int tile, Operands (&to)[kItems]) {
+      for_each_item([&](int j, int row, int unit) {
+        const int64_t b = row0 + tile * kTileRows + row;
+        if (b >= v.live) return;
+        const int64_t at = (v.first + b) * H + unit0 + unit;
+        if constexpr (BACKWARD) {
+          to[j].h = widen(static_cast<const Number*>(p.out)[at]);
+          to[j].g = 0;
+          if (p.grad_out) {
+            const int64_t base = p.steps ? (v.first + b) * p.g_stride_b
+                                         : v.t * p.g_stride_t + b * p.g_stride_b;
+            to[j].g = widen(
+                static_cast<const Number*>(p.grad_out)[base + (unit0 + unit) * p.g_stride_h]);
+          }
+        } else {
+          Acc z = bias[unit];
+          if (p.I == 0) {
+            z += static_cast<const Acc*>(p.x)[at];
+          } else {
+            const int64_t base = p.steps ? (v.first + b) * p.x_stride_b
+                                         : v.t * p.x_stride_t + b * p.x_stride_b;
+            for (int i = 0; i < p.I; ++i) {
+              z += Acc(widen(static_cast<const Number*>(p.x)[base + i * p.x_stride_i])) *
+                   w_ih[i * kUnits + unit];
+            }
+          }
+          to[j].z = z;
+        }
+      });
+    };
+
+    // The sums of a tile's product with copy `copy` of the state.
+    const auto multiply = [&](int copy, int tile) {
+      const State* from = state + (copy * tiles + tile) * Layout::kStateTile;
+      if constexpr (FAR) {
+        const uint4* far = reinterpret_cast<const uint4*>(
+            far_state + (copy * tiles + tile) * Layout::kStateTile);
+        constexpr int kLoads = Layout::kStateTile * sizeof(State) / 16;
+        for (int i = threadIdx.x; i < kLoads; i += Product::kThreads) {
+          reinterpret_cast<uint4*>(state)[i] = load_shared_by_grid(far + i);
+        }
+        from = state;
+      }
+      if (FAR || tile > 0) __syncthreads();  // the sums before have been used
+      product.multiply(from, sums, Layout::kSumsStride);
+      __syncthreads();
+    };
+    const auto sum_of = [&](int row, int unit) {
+      Acc sum = 0;
+      RNNFAST_UNROLL
+      for (int split = 0; split < Product::kSplits; ++split) {
+        sum += sums[(split * kTileRows + row) * Layout::kSumsStride + unit];
+      }
+      return sum;
+    };
+
+    if constexpr (!BACKWARD) {
+      for (int tile = 0; tile < tiles; ++tile) {
+        for_each_item([&](int, int row, int unit) {
+          const int64_t b = row0 + tile * kTileRows + row;
+          Acc h = 0;
+          if (p.hx && b < p.B) h = widen(static_cast<const Number*>(p.hx)[b * H + unit0 + unit]);
+          own[(tile * kTileRows + row) * kUnits + unit] = h;
+          publish(0, tile, row, unit0 + unit, h);
+        });
+      }
+      meet();
+    }
+
+    int copy = 0;
+    int64_t live_before = 0;
+    Visit now = visit(p, 0, steps);
+    Operands ahead[kItems] = {};
+    fetch(now, 0, ahead);
+    for (int64_t s = 0; s < steps; ++s) {
+      const Visit next = visit(p, s + 1 < steps ? s + 1 : s, steps);
+      for (int tile = 0; tile < tiles; ++tile) {
+        Operands operands[kItems];
+        RNNFAST_UNROLL
+        for (int j = 0; j < kItems; ++j) operands[j] = ahead[j];
+        const bool more = tile + 1 < tiles;
+        fetch(more ? now : next, more ? tile + 1 : 0, ahead);
+
+        // The first step of all has no state before it, and a tile may have no row in this step.
+        const int64_t tile_row = row0 + tile * kTileRows;
+        const bool any = (s > 0 || (!BACKWARD && p.hx)) &&
+                         tile_row < (BACKWARD && live_before > now.live ? live_before : now.live);
+        if (any) multiply(copy, tile);
+        for_each_item([&](int j, int row, int unit) {
+          const int64_t b = tile_row + row;
+          if (b >= p.B) return;
+          const int64_t at = (now.first + b) * H + unit0 + unit;
+          const Acc sum = any ? sum_of(row, unit) : Acc(0);
+          if constexpr (BACKWARD) {
+            Acc dz = 0;
+            const int64_t at_b = b * H + unit0 + unit;
+            if (b < now.live) {
+              Acc c = sum;
+              if (b >= live_before && p.grad_h_n) {  // its first visit
+                c += widen(static_cast<const Number*>(p.grad_h_n)[at_b]);
+              }
+              dz = (operands[j].g + c) * slope(operands[j].h, p.relu);
+              narrow(dz, static_cast<Number*>(p.dz) + at);
+            } else if (b < live_before && p.grad_hx) {  // its last visit was the one before
+              narrow(sum, static_cast<Number*>(p.grad_hx) + at_b);
+            }
+            publish(copy ^ 1, tile, row, unit0 + unit, dz);
+          } else {
+            // A row that has ended, or has not begun, keeps its state.
+            Acc& h = own[(tile * kTileRows + row) * kUnits + unit];
+            if (b < now.live) {
+              h = activate(operands[j].z + sum, p.relu);
+              narrow(h, static_cast<Number*>(p.out) + at);
+            }
+            publish(copy ^ 1, tile, row, unit0 + unit, h);
+          }
+        });
+      }
+      meet();
+      copy ^= 1;
+      live_before = now.live;
+      now = next;
+    }
+
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int64_t tile_row = row0 + tile * kTileRows;
+      const bool ends = BACKWARD && p.grad_hx && tile_row < live_before;
+      if (ends) multiply(copy, tile);
+      for_each_item([&](int, int row, int unit) {
+        const int64_t b = tile_row + row, at_b = b * H + unit0 + unit;
+        if constexpr (BACKWARD) {
+          if (ends && b < live_before) narrow(sum_of(row, unit), static_cast<Number*>(p.grad_hx) + at_b);
+        } else if (b < p.B) {
+          narrow(own[(tile * kTileRows + row) * kUnits + unit], static_cast<Number*>(p.h_n) + at_b);
+        }
+      });
+    }
+    meet();  // before the next rows' state overwrites this
+  }
+}
+
+}  // namespace rnnfast::cuda
