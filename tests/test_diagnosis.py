@@ -42,6 +42,7 @@ def test_the_words_name_every_backend_that_cannot_run_and_why(forced):
     for known in ("rnnfast", "torch", "platform", "cpu_capability"):
         assert str(found[known]) in out
     assert f"forced     {forced or 'nothing'}" in out
+    assert ("no kernels built" in out) == (not found["build"].get("cuda"))
     for name, row in found["inputs"].items():
         assert f"{name:16} {row['runs']}" in out
         for backend in rnnfast.backends.BACKENDS:
