@@ -5,8 +5,8 @@ backend     what it is                               taken when
 ==========  =======================================  ==============================================
 cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a floating dtype, and
                                                      the extension is built for this torch
-triton      the same op by Triton                    CUDA tensors where it was measured to win
-                                                     (nowhere yet), or where it is forced
+cuda        the same op in CUDA C++                  CUDA tensors where one of the two was measured
+triton      the same op by Triton                    to win (nowhere yet), or where it is forced
 torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
                                                      never slower than nn.RNN there
 reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and
@@ -143,6 +143,18 @@ def _why_not_cpu(input: Tensor, hidden_size: int | None = None) -> str | None:
     return None
 
 
+def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
+    if extension_error is not None:
+        return extension_error
+    if not triton_layer.has_compiled_kernels("CUDA"):
+        return "the extension was built without CUDA kernels."
+    if not input.is_cuda:
+        return f"the input is on {input.device}, not on a CUDA device."
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are the reference's."
+    return torch.ops.rnnfast._cuda_why_not(input, hidden_size or 1) or None
+
+
 def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None:
     if extension_error is not None:  # it defines the op, and the op's autograd
         return extension_error
@@ -156,41 +168,47 @@ def _always(input: Tensor, hidden_size: int | None = None) -> str | None:
 
 
 @dataclass(frozen=True)
-class TritonWin:
-    """Calls that the Triton kernel was measured to run faster than cuDNN."""
+class Win:
+    """Calls that one of our GPU kernels was measured to run faster than cuDNN."""
 
+    backend: str  #: "cuda" or "triton"
     capability: tuple[int, int]  #: of the GPU measured; no other is assumed to be like it
     dtype: torch.dtype
-    largest_hidden_size: int
+    hidden_sizes: tuple[int, int]  #: from, to
     packed: bool
 
     def covers(self, input: Tensor, hidden_size: int, packed: bool) -> bool:
         """Whether the measurement speaks for this call."""
+        least, largest = self.hidden_sizes
         return (
             input.dtype == self.dtype
             and packed == self.packed
-            and hidden_size <= self.largest_hidden_size
+            and least <= hidden_size <= largest
             and torch.cuda.get_device_capability(input.device) == self.capability
         )
 
 
-#: Empty as long as no figure was measured on a GPU: every CUDA call is PyTorch's own then, and the
-#: kernel runs where it is forced. A row needs the run of tools/gpu_check.py that shows it.
-TRITON_WINS: tuple[TritonWin, ...] = ()
+#: Empty as long as no figure was measured on a GPU: every CUDA call is PyTorch's own then, and our
+#: kernels run where they are forced. A row needs the run of tools/gpu_check.py that shows it.
+GPU_WINS: tuple[Win, ...] = ()
 
 
-def _triton_wins(input: Tensor, hidden_size: int | None, packed: bool) -> bool:
-    if hidden_size is None or not any(w.covers(input, hidden_size, packed) for w in TRITON_WINS):
-        return False
+def _winner(input: Tensor, hidden_size: int | None, packed: bool) -> str | None:
+    if hidden_size is None or not GPU_WINS:
+        return None
     if packed and torch.cuda.is_current_stream_capturing():  # batch_sizes would have to be copied
-        return False
-    return _why_not_triton(input, hidden_size) is None
+        return None
+    for win in GPU_WINS:
+        if win.covers(input, hidden_size, packed) and not BACKENDS[win.backend](input, hidden_size):
+            return win.backend
+    return None
 
 
 #: name -> predicate: None where the backend can run a call with this input (and hidden_size, where
 #: that is known), else why not.
 BACKENDS: dict[str, Callable[[Tensor, int | None], str | None]] = {
     "cpu": _why_not_cpu,
+    "cuda": _why_not_cuda,
     "triton": _why_not_triton,
     "torch": _always,
     "reference": _always,
@@ -221,6 +239,8 @@ def backend(name: str) -> Iterator[None]:
     """
     global _forced
     before, _forced = _forced, _checked(name, "rnnfast.backend")
+    if _forced == "triton":
+        triton_layer.take_calls()
     try:
         yield
     finally:
@@ -236,8 +256,8 @@ def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
     """The table's choice for this call where nothing is forced."""
     if _why_not_cpu(input) is None:
         return "cpu"
-    if input.is_cuda and _triton_wins(input, hidden_size, packed):
-        return "triton"
+    if input.is_cuda and (winner := _winner(input, hidden_size, packed)):
+        return winner
     if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
         return "reference"
     return "torch"
@@ -258,8 +278,11 @@ def select(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
         why = BACKENDS[_forced](input, hidden_size)
         if why is not None:
             raise RuntimeError(f"rnnfast: the forced backend '{_forced}' cannot run: {why}")
-        return _forced
-    name = chosen(input, hidden_size, packed)
-    if name == "reference" and extension_error is not None:
-        _warn_fallback()
+        name = _forced
+    else:
+        name = chosen(input, hidden_size, packed)
+        if name == "reference" and extension_error is not None:
+            _warn_fallback()
+    if name == "triton":
+        triton_layer.take_calls()
     return name

@@ -13,7 +13,7 @@ from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
 
-_COMPILED = ("cpu", "triton")  # kernels of torch.ops.rnnfast.rnn_layer
+_COMPILED = ("cpu", "cuda", "triton")  # kernels of torch.ops.rnnfast.rnn_layer
 _Layer = Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -407,28 +407,62 @@ def rnn_layer_backward(
 # -------------------------------------------------------------------------------- registration
 
 
+_ops: library.Library | None = None
+_shared_keys: set[str] = set()  # dispatch keys where the ops' calls go through choose_between
+
+
+@cache
+def has_compiled_kernels(key: str) -> bool:
+    """Whether the extension has kernels of its own for a dispatch key; first asked by register."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::rnn_layer", key))
+
+
 def register(ops: library.Library) -> None:
-    """Register the ops' kernels for CUDA, and for the CPU where Triton is interpreted."""
-    ops.impl("rnn_layer", rnn_layer, "CUDA")  # type: ignore[no-untyped-call]
-    ops.impl("rnn_layer_backward", rnn_layer_backward, "CUDA")  # type: ignore[no-untyped-call]
+    """Register the ops' kernels for CUDA, unless the extension has some."""
+    global _ops
+    _ops = ops
+    if not has_compiled_kernels("CUDA"):
+        ops.impl("rnn_layer", rnn_layer, "CUDA")  # type: ignore[no-untyped-call]
+        ops.impl("rnn_layer_backward", rnn_layer_backward, "CUDA")  # type: ignore[no-untyped-call]
     if INTERPRETED:
-        _register_interpreted(ops)
+        take_calls()
 
 
-def _register_interpreted(ops: library.Library) -> None:
-    """On the CPU the compiled kernels stay; the interpreted ones run where they are forced."""
+def take_calls() -> None:
+    """Where the extension has kernels, put Triton's beside them.
+
+    Left until Triton is first chosen, since from then on every call of the ops enters Python.
+    """
+    key = "CPU" if INTERPRETED else "CUDA"
+    if _ops is not None and key not in _shared_keys and has_compiled_kernels(key):
+        _shared_keys.add(key)
+        choose_between(_ops, key, "triton", rnn_layer, rnn_layer_backward)
+
+
+def choose_between(ops: library.Library, key: str, name: str, forward: Any, backward: Any) -> None:
+    """Let a dispatch key's calls run on these kernels where the backend `name` is to run them, and
+    on those registered before where not.
+    """
     from . import backends
 
-    for name, interpreted in (("rnn_layer", rnn_layer), ("rnn_layer_backward", rnn_layer_backward)):
-        compiled = library.get_kernel(f"rnnfast::{name}", "CPU")
+    # Where input, w_hh and batch_sizes are among the arguments.
+    ours = {"rnn_layer": (forward, 0, 3, 6), "rnn_layer_backward": (backward, 2, 5, 7)}
+    for op, (kernel, x, w, sizes) in ours.items():
+        before = library.get_kernel(f"rnnfast::{op}", key)
 
         def run(
-            keyset: Any, *args: Any, interpreted: Any = interpreted, compiled: Any = compiled
+            keyset: Any,
+            *args: Any,
+            kernel: Any = kernel,
+            before: Any = before,
+            at: Any = (x, w, sizes),
         ) -> Any:
-            if backends.forced() == "triton":
-                return interpreted(*args)
-            return compiled.call_boxed(keyset, *args)
+            input, w_hh, batch_sizes = (args[i] for i in at)
+            backend = backends.forced() or backends.chosen(
+                input, w_hh.shape[0], batch_sizes is not None
+            )
+            return kernel(*args) if backend == name else before.call_boxed(keyset, *args)
 
         with warnings.catch_warnings():  # that a kernel is overridden: it is, on purpose
             warnings.simplefilter("ignore", UserWarning)
-            ops.impl(name, run, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
+            ops.impl(op, run, key, with_keyset=True)  # type: ignore[no-untyped-call]

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,13 +7,22 @@ import torch
 import rnnfast
 from rnnfast import triton_layer
 
-# Triton's kernels run interpreted, on CPU tensors, where TRITON_INTERPRET=1; else on a GPU, where
-# the marker asks for it: pytest -m gpu.
-TRITON = "triton" if triton_layer.INTERPRETED else pytest.param("triton", marks=pytest.mark.gpu)
+# The GPU's kernels run on CPU tensors where TRITON_INTERPRET=1 or RNNFAST_EMULATE_CUDA=1; else on a
+# GPU, where the marker asks for it: pytest -m gpu.
+EMULATED = os.environ.get("RNNFAST_EMULATE_CUDA", "0") not in ("", "0")
+ON_CPU = {"cpu": True, "reference": True, "triton": triton_layer.INTERPRETED, "cuda": EMULATED}
+TRITON, CUDA = (
+    name if ON_CPU[name] else pytest.param(name, marks=pytest.mark.gpu)
+    for name in ("triton", "cuda")
+)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; runs with -m gpu alone")
+    if EMULATED:
+        import cuda_emulation
+
+        cuda_emulation.install(Path(config.rootpath) / "build" / "cuda_emulation")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,14 +51,17 @@ def gpu():
     return torch.device("cuda", 0)
 
 
-@pytest.fixture(params=["cpu", "reference", TRITON])
+def device_of(backend, request):
+    """Where a backend's tensors are."""
+    return torch.device("cpu") if ON_CPU[backend] else request.getfixturevalue("gpu")
+
+
+@pytest.fixture(params=["cpu", "reference", CUDA, TRITON])
 def backend(request):
     """Runs the test on each backend of this machine; on a GPU, tensors are made there."""
     if request.param != "reference":
         require_extension()
-    on_gpu = request.param == "triton" and not triton_layer.INTERPRETED
-    device = request.getfixturevalue("gpu") if on_gpu else torch.device("cpu")
-    with rnnfast.backend(request.param), device:
+    with rnnfast.backend(request.param), device_of(request.param, request):
         yield request.param
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import rnnfast
 
@@ -137,3 +138,53 @@ def sensitivities(module, x, hx, loss, expected):
                 change = (result[name] - value).abs().max().item() / eps
                 scales[name] = max(scales.get(name, 0.0), change)
     return scales
+
+
+def layer(device, dtype, T, B, I, H, lengths=None):
+    """Arguments of the op up to batch_sizes, with weights as nn.RNN draws them."""
+    batch_sizes = None
+    x = torch.randn(T, B, I)
+    if lengths is not None:
+        packed = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
+        x, batch_sizes = packed.data, packed.batch_sizes
+    weights = [torch.empty(s).uniform_(-(H**-0.5), H**-0.5) for s in ((H, I), (H, H), (H,), (H,))]
+    tensors = [x, torch.randn(B, H), *weights]
+    return [t.to(device, dtype).requires_grad_() for t in tensors], batch_sizes
+
+
+def outputs_and_gradients(tensors, batch_sizes, nonlinearity, reverse, weigh, run):
+    out, h_n = run(*tensors, batch_sizes, nonlinearity, reverse)
+    given = [w.to(y) for w, y in zip(weigh, (out, h_n), strict=True)]
+    grads = torch.autograd.grad([out, h_n], tensors, given)
+    names = ("out", "h_n", "input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+    return dict(zip(names, (out, h_n, *grads), strict=True))
+
+
+def check_layer(
+    device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None, eps=None
+):
+    """Outputs and gradients against the reference in float64 on the same numbers.
+
+    float32 and float64 are off by what helpers.tolerance says. A 16-bit result is rounded to
+    storage once, and a gradient is a sum over rows of dz, each rounded once (eps/2 of it, like a
+    random walk): within 2 eps of the largest element, or four standard deviations of that sum.
+    """
+    tensors, batch_sizes = layer(device, dtype, T, B, I, H, lengths)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    rows = tensors[0].shape[:-1].numel()
+    shape = (*tensors[0].shape[:-1], H)
+    weigh = [torch.randn(shape, device=device), torch.randn(B, H, device=device)]
+    weigh = [w.to(dtype) for w in weigh]
+    call = (batch_sizes, nonlinearity, reverse, weigh)
+    actual = outputs_and_gradients(tensors, *call, torch.ops.rnnfast.rnn_layer)
+    truth = outputs_and_gradients(exact, *call, rnnfast.reference.rnn_layer)
+    wide = dtype in (torch.float32, torch.float64)
+    eps = eps or torch.finfo(dtype).eps
+    for name, value in truth.items():
+        error = (actual[name].double() - value).abs().max() / value.abs().max()
+        summed = 0 if name in ("out", "h_n", "input", "hx") else rows
+        if wide:
+            bound = tolerance(dtype, T, I + H + summed) * eps / torch.finfo(dtype).eps
+        else:
+            bound = 2 * eps + 4 * eps * (summed**0.5 / max(summed, 1)) * T**0.5
+        assert error <= bound, f"{name}: off by {error:.2e}, bound {bound:.2e}"

@@ -154,6 +154,8 @@ const char* make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* pl
   return "no kernel holds that hidden_size in this dtype on this GPU.";
 }
 
+const char* name_of(const Variant& variant) { return variant.name; }
+
 cudaError_t launch(const Plan& plan, const Layer& layer, bool backward, cudaStream_t stream) {
   const Variant& v = *plan.variant;
   if (plan.workspace > 0) {

@@ -72,6 +72,17 @@ std::string why_not(const Tensor& input, int64_t hidden_size) {
   return "";
 }
 
+// The variant that such a layer takes, how many blocks share a group of rows, the tiles of rows of a
+// group, and the groups.
+std::tuple<std::string, int64_t, int64_t, int64_t> plan_of(const Tensor& input, int64_t batch,
+                                                           int64_t hidden_size, bool backward) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  Plan plan;
+  const char* why = plan_for(input.scalar_type(), batch, hidden_size, backward, &plan);
+  TORCH_CHECK(!why, "rnnfast: ", why);
+  return {name_of(*plan.variant), plan.blocks, plan.tiles, plan.groups};
+}
+
 // Where the steps lie; `table` is on the device, int64 [2, T]: each step's first row and size.
 struct Steps {
   int64_t T, B;
@@ -276,12 +287,17 @@ TORCH_LIBRARY(rnnfast_emulated, m) {
   m.def("rnn_layer", &rnnfast::cuda::rnn_layer);
   m.def("rnn_layer_backward", &rnnfast::cuda::rnn_layer_backward);
   m.def("_cuda_why_not", &rnnfast::cuda::why_not);
+  m.def("_cuda_plan", &rnnfast::cuda::plan_of);
   m.def("_cuda_use_variant", &rnnfast::cuda::use_variant);
 }
 #else
 TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   // Why the CUDA kernels cannot run a layer of this input and hidden_size; empty: they can.
   m.def("_cuda_why_not(Tensor input, int hidden_size) -> str", &rnnfast::cuda::why_not);
+  // The plan of a layer: its variant, blocks, tiles and groups, as in time_loop.h.
+  m.def(
+      "_cuda_plan(Tensor input, int batch, int hidden_size, bool backward) -> (str, int, int, int)",
+      &rnnfast::cuda::plan_of);
   // Makes every layer take one variant of the kernels; an empty name: the table's choice again.
   m.def("_cuda_use_variant(str name) -> ()", &rnnfast::cuda::use_variant);
 }

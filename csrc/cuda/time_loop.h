@@ -72,6 +72,8 @@ constexpr int kFusedInput = 8;
 const char* make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan,
                       const char* only = nullptr);
 
+const char* name_of(const Variant& variant);
+
 cudaError_t launch(const Plan& plan, const Layer& layer, bool backward, cudaStream_t stream);
 
 }  // namespace rnnfast::cuda

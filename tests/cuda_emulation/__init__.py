@@ -1,0 +1,64 @@
+"""The CUDA kernels of csrc/cuda on a machine without a GPU: compiled for the CPU, a thread of a
+kernel being a fiber (emulator.h), and put under the backend "cuda" for CPU tensors."""
+
+import os
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import library
+from torch.utils import cpp_extension
+
+from rnnfast import backends, triton_layer
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent.parent / "csrc" / "cuda"
+
+
+def build(folder: Path) -> Path:
+    """Compile what changed, and link the library."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    paths = [HERE, KERNELS, *cpp_extension.include_paths()]  # HERE stands in for the toolkit
+    flags = [
+        *("-std=c++20", "-O1", "-fPIC", "-w", "-DRNNFAST_EMULATED", "-fvisibility=hidden"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{path}" for path in paths),
+    ]
+    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), *HERE.glob("*.cpp")])
+    headers = [*KERNELS.glob("*.*h"), *HERE.rglob("*.h"), KERNELS.parent / "op.h"]
+    newest = max(header.stat().st_mtime for header in headers)
+
+    def compile(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            command = [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+            subprocess.run(command, check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, sources))
+    target = folder / "rnnfast_emulated.so"
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    link = ["-lc10", "-ltorch_cpu", "-ltorch"]
+    subprocess.run([*compiler, "-shared", *objects, *libraries, *link, "-o", target], check=True)
+    return target
+
+
+def install(folder: Path) -> None:
+    """Build the kernels, and run CPU tensors on them where the backend "cuda" is forced."""
+    torch.ops.load_library(build(folder))
+    ops = torch.ops.rnnfast_emulated
+
+    def why_not(input, hidden_size=None):
+        if backends.forward_ad._current_level >= 0:
+            return "forward-mode derivatives are the reference's."
+        return ops._cuda_why_not(input, hidden_size or 1) or None
+
+    backends.BACKENDS["cuda"] = why_not
+    install.library = library.Library("rnnfast", "IMPL")  # its registrations live as long
+    triton_layer.choose_between(
+        install.library, "CPU", "cuda", ops.rnn_layer, ops.rnn_layer_backward
+    )
