@@ -32,7 +32,7 @@ def build(source, **variables):
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build"],
         cwd=source,
-        env=os.environ | {"RNNFAST_REQUIRE_EXT": "0"} | variables,
+        env=os.environ | {"RNNFAST_REQUIRE_EXT": "0", "FORCE_CUDA": "0"} | variables,
         capture_output=True,
         text=True,
         check=False,
