@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,34 @@ def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
         return f"the input is on {input.device}, not on a CUDA device."
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
-    return torch.ops.rnnfast._cuda_why_not(input, hidden_size or 1) or None
+    return _why_not_cuda_on(
+        input.device, input.dtype, hidden_size or 1, triton_layer.tf32_allowed()
+    )
+
+
+@cache
+def _why_not_cuda_on(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool
+) -> str | None:
+    return why_not_cuda(torch.ops.rnnfast._cuda_why_not, device, dtype, hidden_size)
+
+
+def why_not_cuda(
+    ask: Callable[..., int], device: int, dtype: torch.dtype, hidden_size: int
+) -> str | None:
+    """The sentence for a Refusal of csrc/cuda/time_loop.h, None for none."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # the question is no part of a model
+    try:
+        refusal = ask(device, dtype, hidden_size)
+    finally:
+        torch._C._set_tracing_state(tracing)
+    return (
+        None,
+        f"{dtype} is none of float32, float64, bfloat16, float16.",
+        "the GPU's compute capability is below 8.0.",
+        f"no kernel holds a hidden_size of {hidden_size} in {dtype} on this GPU.",
+    )[refusal]
 
 
 def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None:

@@ -1,6 +1,6 @@
 import os
-from pathlib import Path
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -20,9 +20,7 @@ TRITON, CUDA = (
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; runs with -m gpu alone")
     if EMULATED:
-        import cuda_emulation
-
-        cuda_emulation.install(Path(config.rootpath) / "build" / "cuda_emulation")
+        cuda_emulation.install()
 
 
 def pytest_collection_modifyitems(config, items):

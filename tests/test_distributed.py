@@ -4,8 +4,10 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import cuda_emulation
 import pytest
 import torch
+from conftest import ON_CPU
 from helpers import assert_same, environment
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,6 +60,8 @@ def train(model, x):
 
 def worker(rank, backend, folder):
     torch.set_num_threads(1)
+    if backend == "cuda":  # a process of its own
+        cuda_emulation.install()
     distributed.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD,
         timeout=timedelta(seconds=60),
@@ -86,6 +90,8 @@ def worker(rank, backend, folder):
 
 def test_two_processes_train_as_one_does_on_the_whole_batch(backend, monkeypatch, tmp_path):
     """DistributedDataParallel, FSDP2 and a swapped model, against nn.RNN in one process."""
+    if not ON_CPU[backend]:
+        pytest.skip("the processes meet through gloo, with tensors on the CPU")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tests = str(Path(__file__).parent)

@@ -138,20 +138,18 @@ bool lay_out(const Device& device, const Variant& v, int64_t B, int H, bool back
 
 }  // namespace
 
-const char* make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan,
-                      const char* only) {
+Refusal make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan, const char* only) {
   Device device;
-  if (current_device(&device) != cudaSuccess) return "the CUDA device cannot be asked.";
-  if (device.major < 8) return "the GPU's compute capability is below 8.0.";
+  if (current_device(&device) != cudaSuccess || device.major < 8) return Refusal::capability;
   const Variants variants = variants_of(numbers);
   for (int i = 0; i < variants.count; ++i) {
     const Variant& v = variants.rows[i];
     if (only && std::strcmp(only, v.name) != 0) continue;
     // A row of its own for every multiprocessor, or group of them, while there are enough.
     if (!only && v.tile_rows == 1 && B * ceil_div(H, v.units) > device.multiprocessors) continue;
-    if (lay_out(device, v, B, H, backward, plan)) return nullptr;
+    if (lay_out(device, v, B, H, backward, plan)) return Refusal::none;
   }
-  return "no kernel holds that hidden_size in this dtype on this GPU.";
+  return Refusal::hidden_size;
 }
 
 const char* name_of(const Variant& variant) { return variant.name; }

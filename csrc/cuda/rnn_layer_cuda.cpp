@@ -53,33 +53,39 @@ void use_variant(c10::string_view name) {
   forced_variant = std::string(name);
 }
 
-const char* plan_for(at::ScalarType dtype, int64_t B, int64_t H, bool backward, Plan* plan) {
+Refusal plan_for(at::ScalarType dtype, int64_t B, int64_t H, bool backward, Plan* plan) {
   const auto numbers = numbers_of(dtype);
-  if (!numbers) return "the dtype is none of float32, float64, bfloat16, float16.";
-  if (H > 1 << 20) return "no kernel holds that hidden_size in this dtype on this GPU.";
+  if (!numbers) return Refusal::dtype;
+  if (H > 1 << 20) return Refusal::hidden_size;
   const std::lock_guard<std::mutex> lock(forced_variant_mutex);
   return make_plan(*numbers, B, int(H), backward, plan,
                    forced_variant.empty() ? nullptr : forced_variant.c_str());
 }
 
-// Why the kernels cannot run such a layer, or an empty string.
-std::string why_not(const Tensor& input, int64_t hidden_size) {
-  const c10::cuda::CUDAGuard guard(input.device());
+void check_planned(Refusal refusal, at::ScalarType dtype, int64_t hidden_size) {
+  TORCH_CHECK(refusal == Refusal::none, "rnnfast: no CUDA kernel runs a hidden_size of ",
+              hidden_size, " in ", dtype, " on this device");
+}
+
+// A Refusal: whether the kernels can run such a layer.
+int64_t why_not(int64_t device, at::ScalarType dtype, int64_t hidden_size) {
+  const c10::cuda::CUDAGuard guard(at::Device(at::kCUDA, at::DeviceIndex(device)));
   Plan plan;
   for (const bool backward : {false, true}) {
-    if (const char* why = plan_for(input.scalar_type(), 1, hidden_size, backward, &plan)) return why;
+    const Refusal why = plan_for(dtype, 1, hidden_size, backward, &plan);
+    if (why != Refusal::none) return int64_t(why);
   }
-  return "";
+  return 0;
 }
 
 // The variant that such a layer takes, how many blocks share a group of rows, the tiles of rows of a
 // group, and the groups.
-std::tuple<std::string, int64_t, int64_t, int64_t> plan_of(const Tensor& input, int64_t batch,
-                                                           int64_t hidden_size, bool backward) {
-  const c10::cuda::CUDAGuard guard(input.device());
+std::tuple<std::string, int64_t, int64_t, int64_t> plan_of(int64_t device, at::ScalarType dtype,
+                                                           int64_t batch, int64_t hidden_size,
+                                                           bool backward) {
+  const c10::cuda::CUDAGuard guard(at::Device(at::kCUDA, at::DeviceIndex(device)));
   Plan plan;
-  const char* why = plan_for(input.scalar_type(), batch, hidden_size, backward, &plan);
-  TORCH_CHECK(!why, "rnnfast: ", why);
+  check_planned(plan_for(dtype, batch, hidden_size, backward, &plan), dtype, hidden_size);
   return {name_of(*plan.variant), plan.blocks, plan.tiles, plan.groups};
 }
 
@@ -179,9 +185,7 @@ Layer layer_of(const Steps& steps, const Tensor& w_hh, c10::string_view nonlinea
 void run(const Layer& layer, const Tensor& like, bool backward) {
   Layer p = layer;
   Plan plan;
-  const char* why = plan_for(like.scalar_type(), p.B, p.H, backward, &plan);
-  TORCH_CHECK(!why, "rnnfast: the CUDA kernel cannot run a hidden_size of ", p.H, " in ",
-              like.scalar_type(), ": ", why);
+  check_planned(plan_for(like.scalar_type(), p.B, p.H, backward, &plan), like.scalar_type(), p.H);
   Tensor workspace;
   if (plan.workspace > 0) {
     workspace = at::empty({int64_t(plan.workspace)}, like.options().dtype(at::kByte));
@@ -292,11 +296,13 @@ TORCH_LIBRARY(rnnfast_emulated, m) {
 }
 #else
 TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
-  // Why the CUDA kernels cannot run a layer of this input and hidden_size; empty: they can.
-  m.def("_cuda_why_not(Tensor input, int hidden_size) -> str", &rnnfast::cuda::why_not);
+  // Why the CUDA kernels cannot run a layer of this dtype and hidden_size: a Refusal; 0: they can.
+  m.def("_cuda_why_not(int device, ScalarType dtype, int hidden_size) -> int",
+        &rnnfast::cuda::why_not);
   // The plan of a layer: its variant, blocks, tiles and groups, as in time_loop.h.
   m.def(
-      "_cuda_plan(Tensor input, int batch, int hidden_size, bool backward) -> (str, int, int, int)",
+      "_cuda_plan(int device, ScalarType dtype, int batch, int hidden_size, bool backward) -> "
+      "(str, int, int, int)",
       &rnnfast::cuda::plan_of);
   // Makes every layer take one variant of the kernels; an empty name: the table's choice again.
   m.def("_cuda_use_variant(str name) -> ()", &rnnfast::cuda::use_variant);

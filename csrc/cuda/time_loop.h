@@ -67,10 +67,13 @@ struct Plan {
 // A layer's projection is fused up to this many input features.
 constexpr int kFusedInput = 8;
 
-// The first row of the table that can run the layer on the current device. Returns null and fills
-// `plan`, or one sentence that says why none can. `only` names a variant to take instead.
-const char* make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan,
-                      const char* only = nullptr);
+// Why no kernel can run a layer. rnnfast/backends.py has the sentences, in this order.
+enum class Refusal { none, dtype, capability, hidden_size };
+
+// Fills `plan` from the first row of the table that can run the layer on the current device. `only`
+// names the one to take instead.
+Refusal make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan,
+                  const char* only = nullptr);
 
 const char* name_of(const Variant& variant);
 

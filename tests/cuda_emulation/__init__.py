@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from torch.utils import cpp_extension
 from rnnfast import backends, triton_layer
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent.parent / "csrc" / "cuda"
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
 
 
-def build(folder: Path) -> Path:
+def build() -> Path:
     """Compile what changed, and link the library."""
+    folder = ROOT / "build" / "cuda_emulation"
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     paths = [HERE, KERNELS, *cpp_extension.include_paths()]  # HERE stands in for the toolkit
@@ -47,15 +50,19 @@ def build(folder: Path) -> Path:
     return target
 
 
-def install(folder: Path) -> None:
+def install() -> None:
     """Build the kernels, and run CPU tensors on them where the backend "cuda" is forced."""
-    torch.ops.load_library(build(folder))
+    torch.ops.load_library(build())
     ops = torch.ops.rnnfast_emulated
+
+    @cache
+    def why_not_of(dtype, hidden_size, tf32):
+        return backends.why_not_cuda(ops._cuda_why_not, 0, dtype, hidden_size)
 
     def why_not(input, hidden_size=None):
         if backends.forward_ad._current_level >= 0:
             return "forward-mode derivatives are the reference's."
-        return ops._cuda_why_not(input, hidden_size or 1) or None
+        return why_not_of(input.dtype, hidden_size or 1, triton_layer.tf32_allowed())
 
     backends.BACKENDS["cuda"] = why_not
     install.library = library.Library("rnnfast", "IMPL")  # its registrations live as long

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -235,6 +236,8 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** args) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   launch = {reinterpret_cast<rnnfast::cuda::Kernel>(const_cast<void*>(kernel)),
             *static_cast<rnnfast::cuda::Layer*>(args[0]),
             *static_cast<rnnfast::cuda::Grid*>(args[1]),
