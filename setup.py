@@ -1,14 +1,22 @@
 """Builds rnnfast. What is built, and under which environment variables:
 
   pip install --no-build-isolation .      the package and its C++ extension rnnfast._C, against the
-                                          torch that is installed (isolation would fetch another)
+                                          torch that is installed (isolation would fetch another);
+                                          with the CUDA kernels if that torch is a CUDA build, a GPU
+                                          is visible and CUDA_HOME (or PATH) leads to nvcc
+  FORCE_CUDA=1                            the CUDA kernels though no GPU is visible; FORCE_CUDA=0:
+                                          never
+  TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: 8.0;9.0a;10.0+PTX if not set
+  RNNFAST_WHEEL=1                         a wheel to hand out: its version says which torch and CUDA
+                                          it is for, such as 0.1.0+pt213cu130, and it requires that
+                                          torch. So does FORCE_CUDA=1. A failed build is an error
   RNNFAST_REQUIRE_EXT=1                   a build without the extension is an error; otherwise a
                                           missing compiler or torch gives one sentence and a working
                                           pure-PyTorch install
   RNNFAST_SANITIZE=1                      AddressSanitizer and UBSan (see CONTRIBUTING.md)
   MAX_JOBS=N                              parallel compiler processes
 
-Metadata and tool settings are in pyproject.toml.
+Metadata and tool settings are in pyproject.toml, but for the dependencies.
 """
 
 import json
@@ -21,7 +29,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     torch = None
     no_torch = (
@@ -30,64 +38,104 @@ except ImportError as error:
     )
 
 BUILD_RECORD = "_build.json"  # beside the extension: what it was built for, or why it was not
+# sm_80's code runs on 8.x, sm_100's on 10.x; 9.0a has what 9.0 may not use; PTX is for later ones.
+CUDA_ARCH_LIST = "8.0;9.0a;10.0+PTX"
 
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def extensions() -> list:
-    if torch is None:
-        return []
-    compile_args = ["-O3", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+def reason_against_cuda() -> str | None:
+    """Why the CUDA kernels are not built; None if they are."""
+    if os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA=0 forbids it"
+    if not any(Path("csrc/cuda").glob("*.cu")):
+        return "there are no kernels in csrc/cuda"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "there is no nvcc; set CUDA_HOME to a CUDA toolkit"
+    if not flag("FORCE_CUDA") and not torch.cuda.is_available():
+        return "no GPU is visible; FORCE_CUDA=1 builds without one"
+    return None
+
+
+def extension(cuda: bool):
+    sources = [p for p in Path("csrc").rglob("*.cpp") if cuda or "cuda" not in p.parts]
+    cxx = ["-O3", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
     # Not linked against an OpenMP runtime: its symbols come from the one that torch carries, so
     # that there is a single thread pool.
     link_args: list[str] = []
     if flag("RNNFAST_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         # Variable tracking would take minutes for the time loops, whose functions are long.
-        debug = ["-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
-        compile_args += [*sanitize, *debug]
+        cxx += [*sanitize, "-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
         link_args += sanitize
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if "cuda" not in path.parts)
-    return [
-        CppExtension(
-            "rnnfast._C",
-            sources,
-            extra_compile_args={"cxx": compile_args},
-            extra_link_args=link_args,
-            py_limited_api=True,  # it uses nothing of Python: its ops register with torch
-        )
-    ]
+    compile_args = {"cxx": cxx}
+    if cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
+        sources += Path("csrc/cuda").glob("*.cu")
+        compile_args["nvcc"] = ["-O3", "-Xcompiler=-fvisibility=hidden"]
+    return (CUDAExtension if cuda else CppExtension)(
+        "rnnfast._C",
+        sorted(map(str, sources)),
+        depends=sorted(map(str, Path("csrc").rglob("*.*"))),  # a source distribution has them all
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        py_limited_api=True,  # it uses nothing of Python: its ops register with torch
+    )
+
+
+def arch_list() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST
 
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def build_ext_class() -> type:
+def build_ext_class(against_cuda: str | None, required: bool) -> type:
     class BuildOrFallBack(BuildExtension):
         """BuildExtension that records what it built, and survives a machine that cannot build."""
 
         def run(self) -> None:
+            package = Path("." if self.inplace else self.build_lib) / "rnnfast"
+            if flag("FORCE_CUDA") and against_cuda is not None:
+                said = f"FORCE_CUDA=1, but the CUDA kernels cannot be built: {against_cuda}"
+                if required:
+                    raise SystemExit(f"rnnfast: {said}.")
+                print(f"rnnfast: {said}; building the CPU extension alone.", file=sys.stderr)
             record = {
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
                 "extension": True,
                 "sanitized": flag("RNNFAST_SANITIZE"),
             }
-            inplace = self.inplace  # super().run() clears it meanwhile
+            record |= self.build(against_cuda)
+            package.mkdir(parents=True, exist_ok=True)
+            (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+        def build(self, against_cuda: str | None) -> dict[str, object]:
+            before = self.inplace, self.compiler  # which super().run() changes
             try:
                 super().run()
             except (Exception, SystemExit) as error:
-                if flag("RNNFAST_REQUIRE_EXT"):
+                if required:
                     raise
+                if against_cuda is None:
+                    why = f"they could not be compiled ({one_line(error)})"
+                    said = f"the CUDA kernels are left out: {why}"
+                    print(f"rnnfast: {said}; building the CPU extension alone.", file=sys.stderr)
+                    self.inplace, self.compiler = before
+                    vars(self.extensions[0]).update(vars(extension(cuda=False)))
+                    return self.build(why)
                 why = f"the C++ extension could not be compiled ({one_line(error)})"
-                record |= {"extension": False, "error": why}
                 print(f"rnnfast: {why}; installing the pure-PyTorch fallback.", file=sys.stderr)
-            package = Path("." if inplace else self.build_lib) / "rnnfast"
-            package.mkdir(parents=True, exist_ok=True)
-            (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+                return {"extension": False, "error": why}
+            if against_cuda is None:
+                return {"cuda": torch.version.cuda, "cuda_arch_list": arch_list()}
+            return {"cuda": None, "cuda_arch_list": None, "why_not_cuda": against_cuda}
 
         def get_outputs(self) -> list[str]:
             package = Path(self.build_lib) / "rnnfast"
@@ -97,14 +145,34 @@ def build_ext_class() -> type:
     return BuildOrFallBack
 
 
+def digits(version: str) -> str:
+    return "".join(version.split(".")[:2])
+
+
+options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+torch_requirement = "torch>=2.11"
 if torch is None:
-    if flag("RNNFAST_REQUIRE_EXT"):
+    if flag("RNNFAST_REQUIRE_EXT") or flag("RNNFAST_WHEEL"):
         raise SystemExit(f"rnnfast: {no_torch}")
     print(f"rnnfast: {no_torch}; installing the pure-PyTorch fallback.", file=sys.stderr)
-    setup()
+    extensions, commands = [], {}
 else:
-    setup(
-        ext_modules=extensions(),
-        cmdclass={"build_ext": build_ext_class()},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+    against_cuda = reason_against_cuda()
+    handed_out = flag("RNNFAST_WHEEL") or (flag("FORCE_CUDA") and against_cuda is None)
+    required = flag("RNNFAST_REQUIRE_EXT") or handed_out
+    extensions = [extension(cuda=against_cuda is None)]
+    commands = {"build_ext": build_ext_class(against_cuda, required)}
+    if handed_out:
+        # Whoever gets the file must see from its name what it needs, and pip must hold them to it:
+        # torch's C++ ABI changes with each minor version. An install from source stays 0.1.0 with
+        # any torch: it was built for the torch beside it, may have fallen back to Python, which
+        # runs with each, and is rebuilt in place (-e) after torch was changed.
+        built_for = f"cu{digits(torch.version.cuda)}" if against_cuda is None else "cpu"
+        options["egg_info"] = {"tag_build": f"+pt{digits(torch.__version__)}{built_for}"}
+        torch_requirement = f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
+setup(
+    ext_modules=extensions,
+    cmdclass=commands,
+    options=options,
+    install_requires=[torch_requirement, "numpy"],
+)

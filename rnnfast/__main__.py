@@ -50,6 +50,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _cuda_kernels(build: dict[str, Any]) -> str:
+    if build.get("cuda"):
+        return f"kernels for {build['cuda_arch_list']}, built with CUDA {build['cuda']}"
+    return ": ".join(["no kernels built", *filter(None, [build.get("why_not_cuda")])])
+
+
 def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
@@ -206,6 +212,7 @@ def main() -> None:
     print(f"rnnfast    {found['rnnfast']}")
     print(f"torch      {found['torch']}, Python {found['python']}, {found['platform']}")
     print(f"extension  {extension}")
+    print(f"CUDA       {_cuda_kernels(build)}")
     print(f"CPU        {found['cpu_capability']}, {found['threads']} threads")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
     print(f"triton     {found['triton'] or 'not installed'}")

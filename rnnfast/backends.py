@@ -61,7 +61,11 @@ class FallbackWarning(UserWarning):
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py noted about the build: ``torch``, ``extension``, and ``error`` if it failed."""
+    """What setup.py noted about the build.
+
+    ``torch``, its version; ``extension``, and ``error`` if that failed; ``cuda`` and
+    ``cuda_arch_list`` of the CUDA kernels, None where they were left out, and ``why_not_cuda``.
+    """
     try:
         record = json.loads(Path(__file__).with_name("_build.json").read_text())
     except (OSError, ValueError):
@@ -88,6 +92,10 @@ def _load_extension() -> str | None:
     running, built = str(torch.__version__), str(record.get("torch"))
     if _minor(running) != _minor(built):  # the C++ ABI of torch changes between minor versions
         return f"the C++ extension was built for torch {built} and this is torch {running}."
+    cuda, has = record.get("cuda"), torch.version.cuda
+    if cuda and cuda.split(".")[0] != (has or "").split(".")[0]:  # the runtime's name has the major
+        here = f"CUDA {has}" if has else "no CUDA"
+        return f"the C++ extension was built for CUDA {cuda} and this torch {running} has {here}."
     library = next(Path(__file__).parent.glob("_C.*"), None)
     if library is None:
         return "the C++ extension is missing from the package, which was built with it."

@@ -29,7 +29,7 @@ def python(code, **variables):
 
 def test_unknown_backend_is_an_error_that_lists_the_others():
     with (
-        pytest.raises(RuntimeError, match=r"'nope'.*auto, cpu, triton, torch, reference"),
+        pytest.raises(RuntimeError, match=r"'nope'.*auto, cpu, cuda, triton, torch, reference"),
         rnnfast.backend("nope"),
     ):
         pass
@@ -146,6 +146,10 @@ def fallback(target, code=USE, **environment):
         ({"extension": False, "error": "no compiler: g++"}, "not built: no compiler: g++"),
         ({"extension": True, "torch": "1.2.3"}, "built for torch 1.2.3 and this is torch"),
         ({"extension": True, "torch": str(torch.__version__)}, "missing from the package"),
+        (
+            {"extension": True, "torch": str(torch.__version__), "cuda": "9.1"},
+            f"built for CUDA 9.1 and this torch {torch.__version__} has ",
+        ),
         ("broken", "does not load"),
     ],
 )

@@ -1,7 +1,9 @@
-"""What setup.py does on machines that cannot build."""
+"""What setup.py does on machines that cannot build, and how it names what it builds."""
 
+import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ def build(source, **variables):
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build"],
         cwd=source,
-        env=os.environ | {"RNNFAST_REQUIRE_EXT": "0"} | variables,
+        env=os.environ | {"RNNFAST_REQUIRE_EXT": "0", "FORCE_CUDA": "0"} | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -80,3 +82,144 @@ def test_a_missing_torch_gives_one_sentence_and_a_working_install(source):
     assert "install torch first" in said[0]
     assert list(built(source).glob("modules.py"))
     assert build(source, PYTHONPATH=str(source), RNNFAST_REQUIRE_EXT="1").returncode != 0
+
+
+# ------------------------------------------------------------------------- CUDA, and wheels' names
+# Compiling takes minutes (tools/build_wheels.py does that); what is decided before takes seconds.
+
+CUDA_TORCH = """
+import os, torch, torch.utils.cpp_extension as build
+torch.__version__, torch.version.cuda = torch.torch_version.TorchVersion("2.13.1+cu130"), "13.0"
+build.CUDA_HOME = os.environ.get("CUDA_HOME")
+torch.cuda.is_available = lambda: bool(os.environ.get("A_GPU"))
+"""
+CPU_TORCH = """
+import torch
+torch.__version__, torch.version.cuda = torch.torch_version.TorchVersion("2.13.1+cpu"), None
+"""
+
+
+def machine(source, torch_build, kernels=True, nvcc=True):
+    """Pretend: a build of torch, kernel sources, a CUDA toolkit. Returns the variables for it."""
+    (source / "sitecustomize.py").write_text(torch_build)
+    shutil.rmtree(source / "csrc/cuda", ignore_errors=True)
+    if kernels:
+        (source / "csrc/cuda").mkdir()
+        (source / "csrc/cuda/kernel.cu").write_text("")
+    if nvcc:
+        (source / "toolkit/bin").mkdir(parents=True)
+        (source / "toolkit/bin/nvcc").write_text("")
+    return {"PYTHONPATH": str(source), "CUDA_HOME": str(source / "toolkit")}
+
+
+def metadata(source, **variables):
+    """The version, and what is required of torch."""
+    unset = ("FORCE_CUDA", "RNNFAST_WHEEL", "RNNFAST_REQUIRE_EXT", "TORCH_CUDA_ARCH_LIST")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info"],
+        cwd=source,
+        env={k: v for k, v in os.environ.items() if k not in unset} | variables,
+        check=True,
+        capture_output=True,
+    )
+    info = source / "rnnfast.egg-info"
+    said = email.message_from_string((info / "PKG-INFO").read_text())
+    (torch_,) = (r for r in said.get_all("Requires-Dist") if r.startswith("torch"))
+    return said["Version"], torch_
+
+
+@pytest.mark.parametrize(
+    ("torch_build", "variables", "version", "requires"),
+    [
+        (CPU_TORCH, {}, "", "torch>=2.11"),
+        (CPU_TORCH, {"RNNFAST_WHEEL": "1"}, "+pt213cpu", "torch==2.13.*"),
+        (CPU_TORCH, {"FORCE_CUDA": "1"}, "", "torch>=2.11"),
+        (CUDA_TORCH, {}, "", "torch>=2.11"),
+        (CUDA_TORCH, {"RNNFAST_WHEEL": "1"}, "+pt213cpu", "torch==2.13.*"),
+        (CUDA_TORCH, {"RNNFAST_WHEEL": "1", "A_GPU": "1"}, "+pt213cu130", "torch==2.13.*"),
+        (
+            CUDA_TORCH,
+            {"RNNFAST_WHEEL": "1", "A_GPU": "1", "FORCE_CUDA": "0"},
+            "+pt213cpu",
+            "torch==2.13.*",
+        ),
+        (CUDA_TORCH, {"FORCE_CUDA": "1"}, "+pt213cu130", "torch==2.13.*"),
+    ],
+)
+def test_a_wheel_to_hand_out_says_which_torch_it_is_for(
+    source, torch_build, variables, version, requires
+):
+    pretended = machine(source, torch_build)
+    found, torch_ = metadata(source, **pretended, **variables)
+    assert re.fullmatch(r"\d+\.\d+\.\d+" + re.escape(version), found)
+    assert torch_ == requires
+
+
+@pytest.mark.parametrize(
+    ("torch_build", "kernels", "nvcc", "reason", "required"),
+    [
+        (CPU_TORCH, True, True, "torch 2.13.1+cpu is not a CUDA build", "RNNFAST_REQUIRE_EXT"),
+        (CUDA_TORCH, True, False, "there is no nvcc; set CUDA_HOME", "RNNFAST_REQUIRE_EXT"),
+        (CUDA_TORCH, False, True, "there are no kernels in csrc/cuda", "RNNFAST_WHEEL"),
+    ],
+)
+def test_cuda_forced_where_it_cannot_be_built(source, torch_build, kernels, nvcc, reason, required):
+    no_compiler = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}  # which saves the minutes
+    variables = machine(source, torch_build, kernels, nvcc) | no_compiler | {"FORCE_CUDA": "1"}
+    run = build(source, **variables)
+    assert run.returncode == 0, run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("rnnfast:")]
+    assert reason in said[0]
+    assert "building the CPU extension alone" in said[0]
+    assert "the C++ extension could not be compiled" in said[1]  # it did go on to that
+    assert len(said) == 2
+    run = build(source, **variables, **{required: "1"})
+    assert run.returncode != 0
+    assert reason in run.stderr.splitlines()[-1]
+
+
+COMPILER = """#!/bin/sh
+# Writes empty files, and leaves questions to the real one.
+case "$*" in *" -o "*) ;; *) exec {answers} ;; esac
+echo "$@" >> {log}
+while [ $# -gt 0 ]; do
+  case "$1" in -o | -MF) shift; : > "$1" ;; esac
+  shift
+done
+"""
+
+
+@pytest.mark.parametrize(("release", "cuda"), [("13.0", "13.0"), ("12.4", None)])
+def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(source, release, cuda):
+    """A toolkit that this torch cannot use costs the CUDA kernels, not the CPU's."""
+    log = source / "compiled"
+    variables = machine(source, CUDA_TORCH) | {"A_GPU": "1", "FORCE_CUDA": ""}
+    answers = {
+        "c++": 'g++ "$@"',
+        "cc": 'gcc "$@"',
+        "toolkit/bin/nvcc": f'echo "nvcc: release {release}, V{release}.1"',
+    }
+    for path, answer in answers.items():
+        (source / path).write_text(COMPILER.format(answers=answer, log=log))
+        (source / path).chmod(0o755)
+    variables |= {"CXX": str(source / "c++"), "CC": str(source / "cc")}
+    run = build(source, **variables)
+    assert run.returncode == 0, run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("rnnfast:")]
+    package = built(source)
+    record = json.loads((package / "_build.json").read_text())
+    assert record["extension"], run.stderr
+    assert (package / "_C.abi3.so").exists()
+    assert record["cuda"] == cuda
+    link = log.read_text().splitlines()[-1]
+    assert ("kernel.o" in link) == ("-lc10_cuda" in link) == (cuda is not None)
+    if cuda:
+        assert said == []
+        assert record["cuda_arch_list"] == "8.0;9.0a;10.0+PTX"
+        assert "code=sm_90a" in log.read_text()
+    else:
+        assert len(said) == 1
+        assert "the CUDA kernels are left out: they could not be compiled" in said[0]
+        assert "building the CPU extension alone" in said[0]
+        assert "could not be compiled" in record["why_not_cuda"]
+        assert build(source, **variables, RNNFAST_REQUIRE_EXT="1").returncode != 0

@@ -12,8 +12,8 @@ import pytest
 KERNELS = Path(__file__).parent.parent / "csrc" / "cuda"
 FILES = sorted(path.stem for path in KERNELS.glob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, and so of a block
-#: Bytes that a thread may spill. All of it that the disassembly of the 16-bit kernels shows is before
-#: the first product: addresses, while the matrix is loaded. On sm_100 that is most in the backward.
+#: Bytes that a thread may spill. In the 16-bit kernels the disassembly shows all of it before the
+#: first product: addresses, while the matrix is loaded. sm_100 spills most, in the backward.
 SPILLED = {"sm_80": 72, "sm_90a": 40, "sm_100": 264}
 
 nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")

@@ -73,6 +73,7 @@ def test_the_words_name_every_backend_that_cannot_run_and_why(forced):
     for known in ("rnnfast", "torch", "platform", "cpu_capability"):
         assert str(found[known]) in out
     assert f"forced     {forced or 'nothing'}" in out
+    assert ("no kernels built" in out) == (not found["build"].get("cuda"))
     for name, where in found["taken"].items():
         assert f"  {name:10} {where}" in out
     table = out[out.index("\ncall ") :]

@@ -90,7 +90,8 @@ def test_no_op_is_left_unchecked():
     checked.add("_rnn_layer_double_backward")
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]
-    computing = {schema.name for schema in schemas if schema.returns}  # the others only raise
+    # The others only raise, or tell what the CUDA kernels can run.
+    computing = {s.name for s in schemas if any(str(r.type) == "Tensor" for r in s.returns)}
     assert computing == {f"rnnfast::{name}" for name in checked}
     for schema in schemas:
         assert not any(x.alias_info for x in (*schema.arguments, *schema.returns)), schema
