@@ -404,6 +404,29 @@ def rnn_layer_backward(
     return d_x, d_hx, d_w_ih, d_w_hh, d_b
 
 
+def rnn_bidirectional_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.rnnfast.rnn_bidirectional_layer``, as on devices without a kernel of it."""
+    half = len(weights) // 2
+    biases = (None,) * (4 - half)
+    outs, states = zip(
+        *(
+            rnn_layer(
+                input, None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases,
+                batch_sizes=batch_sizes, nonlinearity=nonlinearity, reverse=d == 1,
+            )  # type: ignore[misc]
+            for d in (0, 1)
+        ),
+        strict=True,
+    )  # fmt: skip
+    return torch.cat(outs, -1), torch.stack(states)
+
+
 # -------------------------------------------------------------------------------- registration
 
 
@@ -419,7 +442,11 @@ def _register_interpreted(ops: library.Library) -> None:
     """On the CPU the compiled kernels stay; the interpreted ones run where they are forced."""
     from . import backends
 
-    for name, interpreted in (("rnn_layer", rnn_layer), ("rnn_layer_backward", rnn_layer_backward)):
+    for name, interpreted in (
+        ("rnn_layer", rnn_layer),
+        ("rnn_bidirectional_layer", rnn_bidirectional_layer),
+        ("rnn_layer_backward", rnn_layer_backward),
+    ):
         compiled = library.get_kernel(f"rnnfast::{name}", "CPU")
 
         def run(

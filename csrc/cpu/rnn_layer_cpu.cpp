@@ -85,26 +85,25 @@ struct Steps {
     return packed() ? x.narrow(0, 0, walk.batch) : x.select(0, 0);
   }
 
-  // The same into a tensor [B, F], from a contiguous x.
+  // The same into a contiguous tensor [B, F], from an x whose rows lie a stride apart.
   void copy_last(const Tensor& x, const Tensor& to) const {
-    const size_t bytes = x.size(-1) * x.element_size();
-    const char* from = static_cast<const char*>(x.const_data_ptr());
-    char* row = static_cast<char*>(to.mutable_data_ptr());
-    if (!packed()) {
-      std::memcpy(row, from + (rows - walk.batch) * bytes, walk.batch * bytes);
-      return;
-    }
+    if (!packed()) return copy_rows(x, rows - walk.batch, to, 0, walk.batch);
     for (int64_t t = 0; t < walk.seq_len; ++t) {
       const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
-      const int64_t end = walk.batch_sizes[t];
-      if (end > begin) {
-        std::memcpy(row + begin * bytes, from + (first_row[t] + begin) * bytes,
-                    (end - begin) * bytes);
-      }
+      copy_rows(x, first_row[t] + begin, to, begin, walk.batch_sizes[t] - begin);
     }
   }
-  void copy_first(const Tensor& x, const Tensor& to) const {
-    std::memcpy(to.mutable_data_ptr(), x.const_data_ptr(), walk.batch * x.size(-1) * x.element_size());
+  void copy_first(const Tensor& x, const Tensor& to) const { copy_rows(x, 0, to, 0, walk.batch); }
+
+  static void copy_rows(const Tensor& x, int64_t at, const Tensor& to, int64_t to_at, int64_t n) {
+    const size_t bytes = x.size(-1) * x.element_size(), stride = x.stride(-2) * x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + at * stride;
+    char* row = static_cast<char*>(to.mutable_data_ptr()) + to_at * bytes;
+    if (stride == bytes) {
+      std::memcpy(row, from, n * bytes);
+    } else {
+      for (int64_t i = 0; i < n; ++i) std::memcpy(row + i * bytes, from + i * stride, bytes);
+    }
   }
 
   // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
@@ -180,7 +179,7 @@ Tensor adjacent_features(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
-Tensor flat(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 template <class T>
 int64_t panels_of(int64_t H) {
@@ -316,7 +315,10 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const std::option
       add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
                     live - carried, at(out_rows, t, carried));
     }
-    time_loop<T>().activate(walk.row(out_rows, t, 0), live * H, relu);
+    const bool adjacent = out_rows.stride_b == H;
+    for (int64_t b = 0; b < (adjacent ? 1 : live); ++b) {
+      time_loop<T>().activate(walk.row(out_rows, t, b), adjacent ? live * H : H, relu);
+    }
     visited = live;
     t_last = t;
   }
@@ -376,7 +378,7 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
     f.w_ih = pack_into(space, w_ih, true);
     if (b_ih || b_hh) f.bias = pack_bias_into(space, b_ih, b_hh, H);
   } else {
-    project(input, w_ih, b_ih, b_hh, out.view({steps.rows, H}));
+    project(input, w_ih, b_ih, b_hh, flat(out));
   }
   Tensor h0;
   if (hx) {
@@ -596,10 +598,10 @@ struct Narrowing {
   }
 };
 
-Outputs narrow_rnn_layer(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-                         const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                         const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
-                         c10::string_view nonlinearity, bool reverse, const Tensor& out) {
+void narrow_forward(const Tensor& out, const Tensor& last, const Steps& steps, const Tensor& input,
+                    const Direction& x, c10::string_view nonlinearity) {
+  const auto& [hx, w_ih, w_hh, b_ih, b_hh, reverse] = x;
+  const OptionalTensor batch_sizes = steps.packed() ? OptionalTensor(steps.batch_sizes) : std::nullopt;
   const Narrowing narrow{steps, batch_sizes};
   const Tensor w_ih_ = w_ih.to(at::kFloat), w_hh_ = w_hh.to(at::kFloat);
   const OptionalTensor b_ih_ = widened(b_ih), b_hh_ = widened(b_hh);
@@ -612,7 +614,7 @@ Outputs narrow_rnn_layer(const Steps& steps, const Tensor& input, const Optional
     narrow.part(out, s).copy_(o);
     h.copy_(h_n);
   }
-  return {out, state.to(input.scalar_type())};
+  last.copy_(state);
 }
 
 Gradients narrow_rnn_layer_backward(const Steps& steps, const OptionalTensor& grad_out,
@@ -657,6 +659,26 @@ Gradients narrow_rnn_layer_backward(const Steps& steps, const OptionalTensor& gr
 
 // --------------------------------------------------------------------------------------- the ops
 
+// One direction, into the rows of `out`, which may lie apart, and a contiguous h_n.
+void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, const Tensor& input,
+                  const Direction& x, c10::string_view nonlinearity) {
+  if (steps.rows == 0) return;
+  if (is_reduced(input)) return narrow_forward(out, h_n, steps, input, x, nonlinearity);
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
+    const auto run = worth_no_packing(steps, x.w_hh.size(0)) ? forward_by_steps<scalar_t>
+                                                             : forward_loop<scalar_t>;
+    run(steps, input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, nonlinearity == "relu", out);
+  });
+  x.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+}
+
+// [T, B, features] or packed [rows, features].
+Tensor empty_rows(const Tensor& input, int64_t features) {
+  at::DimVector sizes(input.sizes());
+  sizes.back() = features;
+  return at::empty(sizes, input.options());
+}
+
 Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                   const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                   const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool reverse) {
@@ -665,19 +687,30 @@ Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w
   check_dtype(input);
   const Steps steps(input, batch_sizes, reverse);
   const int64_t H = w_hh.size(0);
-  Tensor out = steps.packed() ? at::empty({steps.rows, H}, input.options())
-                              : at::empty({steps.walk.seq_len, steps.walk.batch, H}, input.options());
-  if (steps.rows == 0) return {out, at::empty({0, H}, input.options())};
-  if (is_reduced(input)) {
-    return narrow_rnn_layer(steps, input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity,
-                            reverse, out);
-  }
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    const auto run = worth_no_packing(steps, H) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
-    run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
-  });
+  Tensor out = empty_rows(input, H);
   Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
-  reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+  forward_into(out, h_n, steps, input, {hx, w_ih, w_hh, b_ih, b_hh, reverse}, nonlinearity);
+  return {out, h_n};
+}
+
+// Each direction writes its half of the rows of one tensor.
+Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
+                                at::TensorList weights, const OptionalTensor& batch_sizes,
+                                c10::string_view nonlinearity) {
+  NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  Tensor out, h_n;
+  for (int64_t d = 0; d < 2; ++d) {
+    const Direction x = direction_of(d, hx, weights);
+    check_layer(input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, batch_sizes, nonlinearity);
+    check_dtype(input);
+    const Steps steps(input, batch_sizes, x.reverse);
+    const int64_t H = x.w_hh.size(0);
+    if (d == 0) {
+      out = empty_rows(input, 2 * H);
+      h_n = at::empty({2, steps.walk.batch, H}, input.options());
+    }
+    forward_into(out.narrow(-1, d * H, H), h_n.select(0, d), steps, input, x, nonlinearity);
+  }
   return {out, h_n};
 }
 
@@ -748,6 +781,7 @@ Tensor tanh(const Tensor& x) {
 
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("rnn_layer", &rnnfast::cpu::rnn_layer);
+  m.impl("rnn_bidirectional_layer", &rnnfast::cpu::rnn_bidirectional_layer);
   m.impl("rnn_layer_backward", &rnnfast::cpu::rnn_layer_backward);
   m.impl("_tanh", &rnnfast::cpu::tanh);
 }
