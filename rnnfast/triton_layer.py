@@ -404,22 +404,22 @@ def rnn_layer_backward(
     return d_x, d_hx, d_w_ih, d_w_hh, d_b
 
 
-def rnn_bidirectional_layer(
+def one_direction_at_a_time(
     input: Tensor,
     hx: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Tensor | None,
     nonlinearity: str,
 ) -> tuple[Tensor, Tensor]:
-    """``torch.ops.rnnfast.rnn_bidirectional_layer``, as on devices without a kernel of it."""
+    """``torch.ops.rnnfast.rnn_bidirectional_layer`` by calls of ``rnn_layer``."""
     half = len(weights) // 2
-    biases = (None,) * (4 - half)
+    biases = [None] * (4 - half)
     outs, states = zip(
         *(
-            rnn_layer(
+            torch.ops.rnnfast.rnn_layer.default(
                 input, None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases,
-                batch_sizes=batch_sizes, nonlinearity=nonlinearity, reverse=d == 1,
-            )  # type: ignore[misc]
+                batch_sizes, nonlinearity, d == 1,
+            )
             for d in (0, 1)
         ),
         strict=True,
@@ -444,7 +444,7 @@ def _register_interpreted(ops: library.Library) -> None:
 
     for name, interpreted in (
         ("rnn_layer", rnn_layer),
-        ("rnn_bidirectional_layer", rnn_bidirectional_layer),
+        ("rnn_bidirectional_layer", one_direction_at_a_time),
         ("rnn_layer_backward", rnn_layer_backward),
     ):
         compiled = library.get_kernel(f"rnnfast::{name}", "CPU")
