@@ -238,8 +238,8 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
   return packed;
 }
 
-// b_ih + b_hh, each optional, padded to whole vectors: a packed [1, H].
-template <class T>
+// b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
+template <class T, class Stored = T>
 const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
                         const std::optional<Tensor>& b_hh, int64_t H) {
   T* packed = space;
@@ -247,8 +247,8 @@ const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
   std::fill(packed, space, T(0));
   for (const auto& bias : {b_ih, b_hh}) {
     if (!bias) continue;
-    const T* b = bias->template const_data_ptr<T>();
-    for (int64_t n = 0; n < H; ++n) packed[n] += b[n * bias->stride(0)];
+    const Stored* b = bias->template const_data_ptr<Stored>();
+    for (int64_t n = 0; n < H; ++n) packed[n] += static_cast<T>(b[n * bias->stride(0)]);
   }
   return packed;
 }
@@ -572,8 +572,12 @@ int64_t spare_floats(const Steps& steps, int64_t I, int64_t H) {
   return std::max(H * (I + H), steps.rows * H) / 4;
 }
 
-// `n` rows, or columns, of those that there are, as many as fit.
-int64_t fitting(int64_t n, int64_t all) { return std::min(std::max<int64_t>(n, 32), all); }
+// The size of equal parts of `all` rows, or columns, of `most` or 32.
+int64_t part_of(int64_t all, int64_t most) {
+  most = std::max<int64_t>(most, 32);
+  const int64_t parts = std::max<int64_t>((all + most - 1) / most, 1);
+  return std::max<int64_t>((all + parts - 1) / parts, 1);
+}
 
 // The steps in stretches, in the order of the walk, and their rows in float32. A buffer holds a
 // stretch of rows and, next to them in their place, the rows of the step before.
@@ -653,10 +657,24 @@ OptionalTensor widened(const OptionalTensor& x) {
   return x ? OptionalTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-// z += x w^T in float32, of a 16-bit w.
-void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w) {
+// to = x[r : r + n, c : c + m], of a 16-bit matrix x. A few numbers are done before a call of the
+// library's begins.
+void widen_block(float* to, int64_t ld, const Tensor& x, int64_t r, int64_t n, int64_t c, int64_t m) {
+  if (n * m > 4096) {
+    at::from_blob(to, {n, m}, {ld, 1}, at::kFloat).copy_(x.narrow(0, r, n).narrow(1, c, m));
+    return;
+  }
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "rnnfast::rnn_layer", [&] {
+    const int64_t stride_r = x.stride(0), stride_c = x.stride(1);
+    const scalar_t* from = x.const_data_ptr<scalar_t>() + r * stride_r + c * stride_c;
+    for (int64_t i = 0; i < n; ++i) widen(from + i * stride_r, stride_c, m, to + i * ld);
+  });
+}
+
+// z += x w^T in float32, of a 16-bit w, of which `most` numbers are widened at a time.
+void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w, int64_t most) {
   constexpr int64_t kFewRows = 56;  // as in worth_no_packing
-  const int64_t rows = x.size(0), N = w.size(0), block = fitting(N / 8, N);
+  const int64_t rows = x.size(0), N = w.size(0), block = part_of(N, most / w.size(1));
   const Tensor wide = at::empty({block, w.size(1)}, x.options());
   for (int64_t n0 = 0; n0 < N; n0 += block) {
     const int64_t n = std::min(block, N - n0);
@@ -675,18 +693,18 @@ void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w) {
 // result = x w in float32, all three stored in 16 bits.
 void widened_product(const Tensor& result, const Tensor& x, const Tensor& w, int64_t spare) {
   const int64_t rows = x.size(0), K = w.size(0), N = w.size(1);
-  const int64_t chunk = fitting(spare / (2 * K), rows), block = fitting(N / 8, N);
+  const int64_t chunk = part_of(rows, spare / (2 * K)), block = part_of(N, spare / (4 * K));
   const auto options = x.options().dtype(at::kFloat);
   const Tensor wide_x = at::empty({chunk, K}, options), wide_w = at::empty({K, block}, options);
   const Tensor y = at::empty({chunk, block}, options);
   for (int64_t r = 0; r < rows; r += chunk) {
     const int64_t m = std::min(chunk, rows - r);
     const Tensor x_r = wide_x.narrow(0, 0, m);
-    x_r.copy_(x.narrow(0, r, m));
+    widen_block(wide_x.mutable_data_ptr<float>(), K, x, r, m, 0, K);
     for (int64_t n0 = 0; n0 < N; n0 += block) {
       const int64_t n = std::min(block, N - n0);
       const Tensor w_n = wide_w.narrow(1, 0, n);
-      w_n.copy_(w.narrow(1, n0, n));
+      widen_block(wide_w.mutable_data_ptr<float>(), block, w, 0, K, n0, n);
       Tensor y_n = y.narrow(0, 0, m).narrow(1, 0, n);
       at::mm_out(y_n, x_r, w_n);
       result.narrow(0, r, m).narrow(1, n0, n).copy_(y_n);
@@ -701,35 +719,39 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   const int64_t M = result.size(0), N = result.size(1);
   int64_t rows = 0;
   for (const auto& [a, b] : pairs) rows += a.size(0);
-  const int64_t block = fitting(spare / (2 * N), M);
-  const int64_t chunk = fitting(spare / (2 * (block + N)), rows);
+  const int64_t block = part_of(M, spare / (2 * N));
+  const int64_t chunk = part_of(rows, spare / (2 * (block + N)));
+  const bool own = M * N <= kOwnOuterSum;
   const auto options = result.options().dtype(at::kFloat);
-  Tensor sum = at::empty({block, N}, options);
+  const Tensor sum = at::empty({block, N}, options);
   const Tensor wide_a = at::empty({chunk, block}, options), wide_b = at::empty({chunk, N}, options);
+  float* a_data = wide_a.mutable_data_ptr<float>();
+  float* b_data = wide_b.mutable_data_ptr<float>();
   for (int64_t m0 = 0; m0 < M; m0 += block) {
     const int64_t m = std::min(block, M - m0);
     Tensor sum_m = sum.narrow(0, 0, m);
+    sum_m.zero_();
     int64_t filled = 0;
-    bool begun = false;
     const auto add = [&] {
-      if (filled == 0) return;
-      const Tensor a = wide_a.narrow(0, 0, filled).narrow(1, 0, m), b = wide_b.narrow(0, 0, filled);
-      begun ? sum_m.addmm_(a.t(), b) : at::mm_out(sum_m, a.t(), b);
-      begun = true;
+      if (own) {
+        OuterSum<float> f = {filled, N, a_data, block, b_data, N, sum_m.mutable_data_ptr<float>(), N};
+        time_loop<float>().outer_sum(f, 0, m);
+      } else {
+        sum_m.addmm_(wide_a.narrow(0, 0, filled).narrow(1, 0, m).t(), wide_b.narrow(0, 0, filled));
+      }
       filled = 0;
     };
     for (const auto& [a, b] : pairs) {
       for (int64_t r = 0; r < a.size(0);) {
         const int64_t n = std::min(chunk - filled, a.size(0) - r);
-        wide_a.narrow(0, filled, n).narrow(1, 0, m).copy_(a.narrow(0, r, n).narrow(1, m0, m));
-        wide_b.narrow(0, filled, n).copy_(b.narrow(0, r, n));
+        widen_block(a_data + filled * block, block, a, r, n, m0, m);
+        widen_block(b_data + filled * N, N, b, r, n, 0, N);
         filled += n;
         r += n;
         if (filled == chunk) add();
       }
     }
-    add();
-    if (!begun) sum_m.zero_();
+    if (filled > 0) add();
     result.narrow(0, m0, m).copy_(sum_m);
   }
 }
@@ -738,23 +760,27 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
                     const Direction& x, bool relu) {
   const int64_t I = x.w_ih.size(1), H = x.w_hh.size(0), T = steps.walk.seq_len;
   const auto& loop = time_loop<float>();
-  const Stretches stretches(steps, x.reverse, H, spare_floats(steps, I, H));
+  const int64_t spare = spare_floats(steps, I, H);
+  const Stretches stretches(steps, x.reverse, H, spare);
   // A packed W_ih of many more weights than the output has numbers would be most of the memory.
   const bool fused = T > 1 && worth_fusing(steps, I, H) && (I <= 8 || steps.rows >= H);
   Space<float> packed((T > 1 ? loop.packed_size(H, H) : 0) +
-                      (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0));
+                      (fused ? loop.packed_size(I, H) : 0) + loop.packed_size(1, H));
   float* space = packed.data();
   Forward<float> f;
   f.walk = steps.walk;
   f.hidden_size = H;
   f.relu = relu;
-  const OptionalTensor h0 = widened(x.hx), b_ih = widened(x.b_ih), b_hh = widened(x.b_hh);
+  const OptionalTensor h0 = widened(x.hx);
+  const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
+      input.scalar_type(), "rnnfast::rnn_layer",
+      [&] { return pack_bias_into<float, scalar_t>(space, x.b_ih, x.b_hh, H); });
   if (T > 1) f.w_hh = pack_widened(space, x.w_hh, true);
   if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
   if (fused) {
     f.input_size = I;
     f.w_ih = pack_widened(space, x.w_ih, true);
-    if (b_ih || b_hh) f.bias = pack_bias_into(space, b_ih, b_hh, H);
+    f.bias = bias;
   }
   const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
@@ -762,12 +788,12 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
     const Tensor x_s = stretches.part(input, range), out_s = stretches.part(out, range);
     const Tensor rows = stretches.rows(wide_x, range, false);
     const Tensor z = stretches.rows(wide_out, range, true);
-    rows.view(x_s.sizes()).copy_(x_s);
+    widen_block(wide_x.mutable_data_ptr<float>(), I, flat(x_s), 0, rows.size(0), 0, I);
     stretches.carry(wide_out, i);
     if (!fused) {
-      b_ih ? (void)z.copy_(*b_ih) : (void)z.zero_();
-      if (b_hh) z.add_(*b_hh);
-      add_widened_linear(z, rows, x.w_ih);
+      float* to = z.mutable_data_ptr<float>();
+      for (int64_t r = 0; r < z.size(0); ++r) std::memcpy(to + r * H, bias, H * sizeof(float));
+      add_widened_linear(z, rows, x.w_ih, T > 1 ? spare / 4 : spare / 2);
     }
     if (T > 1) {
       std::tie(f.walk.begin, f.walk.end) = range;
@@ -777,7 +803,7 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
       steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<float>(H),
                      [&](const Share& share) { loop.forward(f, share); });
     } else {
-      if (h0) add_widened_linear(z, *h0, x.w_hh);
+      if (h0) add_widened_linear(z, *h0, x.w_hh, spare / 2);
       at::parallel_for(0, z.numel(), 16384, [&](int64_t begin, int64_t end) {
         loop.activate(z.mutable_data_ptr<float>() + begin, end - begin, relu);
       });
@@ -796,7 +822,7 @@ Gradients narrow_backward(const Steps& steps, const OptionalTensor& grad_out,
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
   const Tensor dz = at::empty(out.sizes(), out.options());
-  Tensor d_b = need_b ? at::zeros({H}, out.options().dtype(at::kFloat)) : Tensor();
+  Tensor d_b;
   {
     const Stretches stretches(steps, !steps.walk.reverse, H, spare);
     Space<float> packed(T > 1 ? loop.packed_size(H, H) : 0);
@@ -812,22 +838,22 @@ Gradients narrow_backward(const Steps& steps, const OptionalTensor& grad_out,
     for (size_t i = 0; i < stretches.ranges().size(); ++i) {
       const auto range = stretches.ranges()[i];
       const Tensor out_s = stretches.part(out, range), dz_s = stretches.part(dz, range);
-      stretches.rows(wide_out, range, false).view(out_s.sizes()).copy_(out_s);
+      const Tensor rows = stretches.rows(wide_dz, range, true);
+      widen_block(wide_out.mutable_data_ptr<float>(), H, flat(out_s), 0, rows.size(0), 0, H);
       stretches.carry(wide_dz, i);
       std::tie(f.walk.begin, f.walk.end) = range;
       const Rows<float> h_rows = stretches.addressed(wide_out, range, false);
       f.out = Rows<const float>{h_rows.data, h_rows.stride_t, h_rows.stride_b};
       f.dz = stretches.addressed(wide_dz, range, true);
-      const Tensor rows = stretches.rows(wide_dz, range, true);
       if (grad_out) {  // each number is read where its dz is written
-        const Tensor g_s = stretches.part(*grad_out, range);
-        rows.view(g_s.sizes()).copy_(g_s);
+        const Tensor g_s = flat(stretches.part(*grad_out, range));
+        widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }
       steps.parallel(f.walk, H * (H + 16), panels_of<float>(H),
                      [&](const Share& share) { loop.backward(f, share); });
       dz_s.copy_(rows.view(dz_s.sizes()));
-      if (need_b) d_b.add_(rows.sum(0));
+      if (need_b) d_b = d_b.defined() ? d_b.add_(rows.sum(0)) : rows.sum(0);
     }
   }
 
