@@ -192,6 +192,22 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
+// Uninitialised memory for packed weights: small ones stay on the stack.
+template <class T>
+class Space {
+ public:
+  explicit Space(int64_t size) {
+    if (size <= kSmall) return;
+    large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+  }
+  T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
+
+ private:
+  static constexpr int64_t kSmall = (8 << 10) / sizeof(T);
+  alignas(64) T small_[kSmall];
+  c10::DataPtr large_;
+};
+
 template <class Stored>
 void widen(const Stored* from, int64_t stride, int64_t n, float* to) {
   if (stride == 1) {
@@ -219,7 +235,7 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
         if constexpr (std::is_same_v<T, Stored>) {
           loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
         } else {
-          std::vector<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
+          Space<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
           for (; n0 < n1; n0 += loop.panel_columns) {
             const int64_t columns = std::min(loop.panel_columns, n1 - n0);
             const Stored* from = weights + n0 * stride_n;
@@ -228,7 +244,7 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
             const int64_t outer_stride = by_k ? stride_k : stride_n;
             const int64_t inner_stride = by_k ? stride_n : stride_k;
             for (int64_t i = 0; i < outer; ++i) {
-              widen(from + i * outer_stride, inner_stride, inner, &wide[i * inner]);
+              widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
             }
             loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns, packed + K * n0);
           }
@@ -252,22 +268,6 @@ const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
   }
   return packed;
 }
-
-// Uninitialised memory for packed weights: small ones stay on the stack.
-template <class T>
-class Space {
- public:
-  explicit Space(int64_t size) {
-    if (size <= kSmall) return;
-    large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
-  }
-  T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
-
- private:
-  static constexpr int64_t kSmall = (8 << 10) / sizeof(T);
-  alignas(64) T small_[kSmall];
-  c10::DataPtr large_;
-};
 
 // Whether the rows are too few for packing the weights to pay. Measured break-even (AVX2, I = H, B
 // from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024; with a single
@@ -567,7 +567,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // products over all steps widen a block of a weight and some rows at a time. Between the recurrence
 // of the backward and its products, dz is stored in 16 bits, like the outputs.
 
-// Floats that temporaries may take. nn.RNN holds an output beside ours, or a weight's gradient.
+// Floats that temporaries may take. nn.RNN holds an output beside ours, or a weight's gradient; with
+// a single step hardly anything, but smaller blocks would cost more calls.
 int64_t spare_floats(const Steps& steps, int64_t I, int64_t H) {
   return std::max(H * (I + H), steps.rows * H) / 4;
 }
