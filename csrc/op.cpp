@@ -112,7 +112,46 @@ Outputs call_rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tens
   return op.call(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse);
 }
 
+Outputs call_rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
+                                     at::TensorList weights, const OptionalTensor& batch_sizes,
+                                     c10::string_view nonlinearity) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::rnn_bidirectional_layer", "")
+                       .typed<decltype(call_rnn_bidirectional_layer)>();
+  return op.call(input, hx, weights, batch_sizes, nonlinearity);
+}
+
+Direction direction_of(int64_t d, const OptionalTensor& hx, at::TensorList weights) {
+  TORCH_CHECK(weights.size() == 4 || weights.size() == 8,
+              "rnnfast: expected 4 weights, or 8 with biases, for two directions, got ",
+              weights.size());
+  TORCH_CHECK(!hx || (hx->dim() == 3 && hx->size(0) == 2),
+              "rnnfast: expected hx of 3 dimensions, the first 2, got ", hx->sizes());
+  const auto half = weights.size() / 2;
+  TORCH_CHECK(weights[1].sizes() == weights[half + 1].sizes(),
+              "rnnfast: expected w_hh of one size in both directions, got ", weights[1].sizes(),
+              " and ", weights[half + 1].sizes());
+  const auto w = weights.slice(d * half, half);
+  const bool bias = w.size() == 4;
+  return {hx ? OptionalTensor(hx->select(0, d)) : std::nullopt, w[0], w[1],
+          bias ? OptionalTensor(w[2]) : std::nullopt, bias ? OptionalTensor(w[3]) : std::nullopt,
+          /*reverse=*/d == 1};
+}
+
 namespace {
+
+// For kernels of one direction.
+Outputs one_direction_at_a_time(const Tensor& input, const OptionalTensor& hx,
+                                at::TensorList weights, const OptionalTensor& batch_sizes,
+                                c10::string_view nonlinearity) {
+  std::array<Tensor, 2> out, h_n;
+  for (int64_t d = 0; d < 2; ++d) {
+    const Direction x = direction_of(d, hx, weights);
+    std::tie(out[d], h_n[d]) = call_rnn_layer(input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh,
+                                              batch_sizes, nonlinearity, x.reverse);
+  }
+  return {at::cat(out, -1), at::stack(h_n)};
+}
 
 Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
                                   const Tensor& input, const OptionalTensor& hx,
@@ -177,6 +216,57 @@ struct RnnLayerBackward : torch::autograd::Node {
   }
 };
 
+// Both directions' outputs are kept as the one tensor that the layer returned. Each half goes through
+// the same differentiable op as a direction of its own would.
+struct RnnBidirectionalLayerBackward : torch::autograd::Node {
+  SavedVariable input, hx, out, batch_sizes;
+  std::array<SavedVariable, 4> weights;  // w_ih, w_hh of either direction
+  int64_t per_direction = 0;             // weights that the op takes
+  std::string nonlinearity;
+
+  std::string name() const override { return "RnnBidirectionalLayerBackward"; }
+
+  void release_variables() override {
+    for (auto* saved : {&input, &hx, &out, &batch_sizes}) saved->reset_data();
+    for (auto& saved : weights) saved.reset_data();
+  }
+
+  // Gradients of the input by either direction, which the engine adds, of hx, and of the weights.
+  variable_list apply(variable_list&& grads) override {
+    variable_list d(3 + 2 * per_direction);
+    if (!grads[0].defined() && !grads[1].defined()) return d;
+    const Tensor h0 = hx.unpack(), h = out.unpack(getptr());
+    const int64_t H = h.size(-1) / 2;
+    const bool need_h = h0.defined() && task_should_compute_output(2);
+    std::array<Tensor, 2> d_h;
+    for (int64_t direction = 0; direction < 2; ++direction) {
+      const int64_t first = 3 + direction * per_direction;
+      const bool bias = per_direction == 4;
+      const bool need_b_ih = bias && task_should_compute_output(first + 2);
+      const bool need_b_hh = bias && task_should_compute_output(first + 3);
+      const std::array<bool, 5> mask = {
+          task_should_compute_output(direction), need_h, task_should_compute_output(first),
+          task_should_compute_output(first + 1), need_b_ih || need_b_hh};
+      if (std::none_of(mask.begin(), mask.end(), [](bool needed) { return needed; })) continue;
+      const auto half = [&](const Tensor& y) {
+        return y.defined() ? OptionalTensor(y.narrow(-1, direction * H, H)) : std::nullopt;
+      };
+      const auto state = [&](const Tensor& y) {
+        return y.defined() ? OptionalTensor(y.select(0, direction)) : std::nullopt;
+      };
+      Tensor d_b;
+      std::tie(d[direction], d_h[direction], d[first], d[first + 1], d_b) = call_rnn_layer_backward(
+          half(grads[0]), state(grads[1]), input.unpack(), state(h0),
+          weights[2 * direction].unpack(), weights[2 * direction + 1].unpack(), *half(h),
+          if_defined(batch_sizes.unpack()), nonlinearity, /*reverse=*/direction == 1, mask);
+      if (need_b_ih) d[first + 2] = d_b;
+      if (need_b_hh) d[first + 3] = d_b;
+    }
+    if (need_h) d[2] = at::stack(d_h);
+    return d;
+  }
+};
+
 struct RnnLayerDoubleBackward : torch::autograd::Node {
   // grad_out, grad_h_n, input, hx, w_ih, w_hh, out: the inputs of this node's function, in order
   std::array<SavedVariable, 7> saved;
@@ -221,6 +311,10 @@ bool has_tangent(const OptionalTensor& x) {
   return x && x->defined() && x->_fw_grad(/*level=*/0).defined();
 }
 
+constexpr char kNoForwardMode[] =
+    " has no forward-mode derivative; rnnfast.functional and the modules take the reference "
+    "backend in forward mode";
+
 Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                            const Tensor& w_hh, const OptionalTensor& b_ih,
                            const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
@@ -228,8 +322,7 @@ Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const 
   TORCH_CHECK_NOT_IMPLEMENTED(
       !(has_tangent(input) || has_tangent(hx) || has_tangent(w_ih) || has_tangent(w_hh) ||
         has_tangent(b_ih) || has_tangent(b_hh)),
-      "rnnfast::rnn_layer has no forward-mode derivative; rnnfast.functional and the modules take "
-      "the reference backend in forward mode");
+      "rnnfast::rnn_layer", kNoForwardMode);
   const auto below = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_rnn_layer(input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, reverse);
@@ -246,6 +339,36 @@ Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const 
   node->nonlinearity = std::string(nonlinearity);
   node->reverse = reverse;
   auto [out, h_n] = below();
+  torch::autograd::set_history({out, h_n}, node);
+  node->out = SavedVariable(out, /*is_output=*/true);
+  return {out, h_n};
+}
+
+Outputs rnn_bidirectional_layer_autograd(const Tensor& input, const OptionalTensor& hx,
+                                         at::TensorList weights, const OptionalTensor& batch_sizes,
+                                         c10::string_view nonlinearity) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(input) || has_tangent(hx) ||
+        std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return has_tangent(w); })),
+      "rnnfast::rnn_bidirectional_layer", kNoForwardMode);
+  const auto below = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_rnn_bidirectional_layer(input, hx, weights, batch_sizes, nonlinearity);
+  };
+  if (!torch::autograd::compute_requires_grad(input, hx, weights)) return below();
+
+  auto [out, h_n] = below();
+  auto node = make_node<RnnBidirectionalLayerBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, input, hx, weights));
+  node->input = SavedVariable(input, false);
+  node->hx = SavedVariable(hx.value_or(Tensor()), false);
+  node->per_direction = int64_t(weights.size()) / 2;
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t at = i / 2 * node->per_direction + i % 2;
+    node->weights[i] = SavedVariable(weights[at], false);
+  }
+  node->batch_sizes = SavedVariable(batch_sizes.value_or(Tensor()), false);
+  node->nonlinearity = std::string(nonlinearity);
   torch::autograd::set_history({out, h_n}, node);
   node->out = SavedVariable(out, /*is_output=*/true);
   return {out, h_n};
@@ -298,6 +421,17 @@ Outputs rnn_layer_autocast(const Tensor& input, const OptionalTensor& hx, const 
                         batch_sizes, nonlinearity, reverse);
 }
 
+template <c10::DispatchKey key, c10::DeviceType device>
+Outputs rnn_bidirectional_layer_autocast(const Tensor& input, const OptionalTensor& hx,
+                                         at::TensorList weights, const OptionalTensor& batch_sizes,
+                                         c10::string_view nonlinearity) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(key)};
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& x) { return at::autocast::cached_cast(dtype, x, device); };
+  return call_rnn_bidirectional_layer(cast(input), cast(hx), cast(weights), batch_sizes,
+                                      nonlinearity);
+}
+
 }  // namespace
 }  // namespace rnnfast
 
@@ -308,6 +442,13 @@ TORCH_LIBRARY(rnnfast, m) {
   m.def(
       "rnn_layer(Tensor input, Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? batch_sizes, str nonlinearity, bool reverse) -> (Tensor out, Tensor h_n)",
+      {at::Tag::pt2_compliant_tag});
+  // One layer, both directions, in one tensor: hx [2, B, H]; weights those of either direction,
+  // w_ih, w_hh and, with biases, b_ih, b_hh. Returns out [T, B, 2 H] (packed: [rows, 2 H]), the
+  // reverse direction in the second half, and h_n [2, B, H].
+  m.def(
+      "rnn_bidirectional_layer(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
+      "str nonlinearity) -> (Tensor out, Tensor h_n)",
       {at::Tag::pt2_compliant_tag});
   // Gradients of (input, hx, w_ih, w_hh, bias); one whose output_mask is false is undefined.
   m.def(
@@ -336,14 +477,29 @@ TORCH_LIBRARY(rnnfast, m) {
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
   m.impl("rnn_layer", &rnnfast::rnn_layer_autograd);
   m.impl("rnn_layer_backward", &rnnfast::rnn_layer_backward_autograd);
+  m.impl("rnn_bidirectional_layer", &rnnfast::rnn_bidirectional_layer_autograd);
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
+  m.impl("rnn_bidirectional_layer", &rnnfast::one_direction_at_a_time);
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, FuncTorchBatchedDecomposition, m) {  // torch.vmap
+  m.impl("rnn_bidirectional_layer", &rnnfast::one_direction_at_a_time);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, m) {
   m.impl("rnn_layer",
          &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+  m.impl("rnn_bidirectional_layer",
+         &rnnfast::rnn_bidirectional_layer_autocast<c10::DispatchKey::AutocastCPU,
+                                                    c10::DeviceType::CPU>);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, m) {
   m.impl("rnn_layer",
          &rnnfast::rnn_layer_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+  m.impl("rnn_bidirectional_layer",
+         &rnnfast::rnn_bidirectional_layer_autocast<c10::DispatchKey::AutocastCUDA,
+                                                    c10::DeviceType::CUDA>);
 }

@@ -1,4 +1,4 @@
-// What the files of the ops share: the checks of their arguments, and the call of the one op.
+// What the files of the ops share: the checks of their arguments, and the calls of the ops.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,5 +27,20 @@ std::tuple<at::Tensor, at::Tensor> call_rnn_layer(
     const at::Tensor& w_hh, const std::optional<at::Tensor>& b_ih,
     const std::optional<at::Tensor>& b_hh, const std::optional<at::Tensor>& batch_sizes,
     c10::string_view nonlinearity, bool reverse);
+
+// Calls torch.ops.rnnfast.rnn_bidirectional_layer through the dispatcher.
+std::tuple<at::Tensor, at::Tensor> call_rnn_bidirectional_layer(
+    const at::Tensor& input, const std::optional<at::Tensor>& hx, at::TensorList weights,
+    const std::optional<at::Tensor>& batch_sizes, c10::string_view nonlinearity);
+
+// The arguments of rnn_layer for direction d, 0 or 1, of rnn_bidirectional_layer. Raises
+// RuntimeError where hx or the number of weights is not that of two directions.
+struct Direction {
+  std::optional<at::Tensor> hx;
+  at::Tensor w_ih, w_hh;
+  std::optional<at::Tensor> b_ih, b_hh;
+  bool reverse;
+};
+Direction direction_of(int64_t d, const std::optional<at::Tensor>& hx, at::TensorList weights);
 
 }  // namespace rnnfast

@@ -1,6 +1,7 @@
-// torch.ops.rnnfast.rnn and rnn_cell: a whole RNN and a single step, as calls of rnn_layer. The loop
-// is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps in Python cost
-// more than the kernel does; being composite, it leaves autograd, autocast and vmap to rnn_layer.
+// torch.ops.rnnfast.rnn and rnn_cell: a whole RNN and a single step, as calls of the ops of one
+// layer. The loop is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps in
+// Python cost more than the kernel does; being composite, it leaves autograd, autocast and vmap to
+// those ops.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -28,24 +29,28 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
               "rnnfast: expected hx of 3 dimensions, the first ", states, ", got ", hx->sizes());
   const bool turned = batch_first && !batch_sizes;
   Tensor x = turned ? input.transpose(0, 1) : input;
-  std::vector<Tensor> outs(directions), final;
-  final.reserve(states);
+  std::vector<Tensor> final;  // states of each layer, [B, H] or [2, B, H]
+  final.reserve(num_layers);
   for (int64_t layer = 0; layer < num_layers; ++layer) {
-    for (int64_t direction = 0; direction < directions; ++direction) {
-      const int64_t i = layer * directions + direction;
-      const Tensor* w = &weights[i * per_layer];
-      const auto state = hx ? std::optional<Tensor>(hx->select(0, i)) : std::nullopt;
+    const at::TensorList w = weights.slice(layer * directions * per_layer, directions * per_layer);
+    Tensor h_n;
+    if (bidirectional) {
+      auto state = hx;
+      if (hx && num_layers > 1) state = hx->narrow(0, 2 * layer, 2);
+      std::tie(x, h_n) = call_rnn_bidirectional_layer(x, state, w, batch_sizes, nonlinearity);
+    } else {
+      const auto state = hx ? std::optional<Tensor>(hx->select(0, layer)) : std::nullopt;
       const auto b_ih = bias ? std::optional<Tensor>(w[2]) : std::nullopt;
       const auto b_hh = bias ? std::optional<Tensor>(w[3]) : std::nullopt;
-      auto [out, h_n] = call_rnn_layer(x, state, w[0], w[1], b_ih, b_hh, batch_sizes, nonlinearity,
-                                       /*reverse=*/direction == 1);
-      outs[direction] = std::move(out);
-      final.push_back(std::move(h_n));
+      std::tie(x, h_n) = call_rnn_layer(x, state, w[0], w[1], b_ih, b_hh, batch_sizes,
+                                        nonlinearity, /*reverse=*/false);
     }
-    x = directions == 1 ? outs[0] : at::cat(outs, -1);
+    final.push_back(std::move(h_n));
     if (dropout > 0 && layer < num_layers - 1) x = at::dropout(x, dropout, /*train=*/true);
   }
-  return {turned ? x.transpose(0, 1) : x, states == 1 ? final[0].unsqueeze(0) : at::stack(final)};
+  if (turned) x = x.transpose(0, 1);
+  if (bidirectional) return {x, num_layers == 1 ? final[0] : at::cat(final)};
+  return {x, num_layers == 1 ? final[0].unsqueeze(0) : at::stack(final)};
 }
 
 Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,

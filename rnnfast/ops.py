@@ -44,6 +44,25 @@ def _fake_rnn_layer(
     )
 
 
+def _fake_rnn_bidirectional_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    half = len(weights) // 2
+    biases = (None, None) if half == 2 else ()
+    forth, back = (
+        (None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases)
+        for d in (0, 1)
+    )
+    reference.check_layer(input, *back, batch_sizes, nonlinearity)  # type: ignore
+    out, h_n = _fake_rnn_layer(input, *forth, batch_sizes, nonlinearity, False)  # type: ignore
+    *rows, hidden_size = out.shape
+    return out.new_empty((*rows, 2 * hidden_size)), h_n.new_empty((2, *h_n.shape))
+
+
 def _fake_rnn_layer_backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
@@ -76,6 +95,10 @@ def _flops(input: Any, hx: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int
     return flops
 
 
+def _bidirectional_flops(input: Any, hx: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(input, None, *weights[:2])
+
+
 def _backward_flops(
     grad_out: Any, grad_h_n: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, *rest: Any, **__: Any
 ) -> int:
@@ -94,9 +117,11 @@ def register() -> None:
     """Register with the ops that the extension has defined."""
     global _library
     library.register_fake("rnnfast::rnn_layer", _fake_rnn_layer)
+    library.register_fake("rnnfast::rnn_bidirectional_layer", _fake_rnn_bidirectional_layer)
     library.register_fake("rnnfast::rnn_layer_backward", _fake_rnn_layer_backward)
     library.register_fake("rnnfast::_tanh", torch.empty_like)
     register_flop_formula(torch.ops.rnnfast.rnn_layer)(_flops)
+    register_flop_formula(torch.ops.rnnfast.rnn_bidirectional_layer)(_bidirectional_flops)
     register_flop_formula(torch.ops.rnnfast.rnn_layer_backward)(_backward_flops)
     _library = library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):

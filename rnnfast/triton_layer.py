@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -404,6 +404,29 @@ def rnn_layer_backward(
     return d_x, d_hx, d_w_ih, d_w_hh, d_b
 
 
+def one_direction_at_a_time(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.rnnfast.rnn_bidirectional_layer`` by calls of ``rnn_layer``."""
+    half = len(weights) // 2
+    biases = [None] * (4 - half)
+    outs, states = zip(
+        *(
+            torch.ops.rnnfast.rnn_layer.default(
+                input, None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases,
+                batch_sizes, nonlinearity, d == 1,
+            )
+            for d in (0, 1)
+        ),
+        strict=True,
+    )  # fmt: skip
+    return torch.cat(outs, -1), torch.stack(states)
+
+
 # -------------------------------------------------------------------------------- registration
 
 
@@ -445,23 +468,36 @@ def choose_between(ops: library.Library, key: str, name: str, forward: Any, back
     """
     from . import backends
 
-    # Where input, w_hh and batch_sizes are among the arguments.
-    ours = {"rnn_layer": (forward, 0, 3, 6), "rnn_layer_backward": (backward, 2, 5, 7)}
-    for op, (kernel, x, w, sizes) in ours.items():
+    def is_ours(input: Tensor, w_hh: Tensor, batch_sizes: Tensor | None) -> bool:
+        backend = backends.forced() or backends.chosen(
+            input, w_hh.shape[0], batch_sizes is not None
+        )
+        return backend == name
+
+    # Of each op: our kernel, and what its arguments say about whether a call is ours.
+    ops_of_a_layer: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
+        "rnn_layer": (forward, lambda x, hx, w_ih, w_hh, b_ih, b_hh, n, *_: (x, w_hh, n)),
+        "rnn_layer_backward": (
+            backward,
+            lambda g, g_n, x, hx, w_ih, w_hh, out, n, *_: (x, w_hh, n),
+        ),
+    }
+    if key == "CPU":  # elsewhere it is composite
+        ops_of_a_layer["rnn_bidirectional_layer"] = (
+            one_direction_at_a_time,
+            lambda x, hx, weights, n, *_: (x, weights[1], n),
+        )
+    for op, (kernel, subject) in ops_of_a_layer.items():
         before = library.get_kernel(f"rnnfast::{op}", key)
 
         def run(
             keyset: Any,
             *args: Any,
             kernel: Any = kernel,
+            subject: Any = subject,
             before: Any = before,
-            at: Any = (x, w, sizes),
         ) -> Any:
-            input, w_hh, batch_sizes = (args[i] for i in at)
-            backend = backends.forced() or backends.chosen(
-                input, w_hh.shape[0], batch_sizes is not None
-            )
-            return kernel(*args) if backend == name else before.call_boxed(keyset, *args)
+            return kernel(*args) if is_ours(*subject(*args)) else before.call_boxed(keyset, *args)
 
         with warnings.catch_warnings():  # that a kernel is overridden: it is, on purpose
             warnings.simplefilter("ignore", UserWarning)

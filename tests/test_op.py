@@ -79,14 +79,67 @@ def test_opcheck(sample):
     )
 
 
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck_of_both_directions(sample):
+    x, h, *weights, sizes, nonlinearity, _ = SAMPLES[sample]()
+    weights = [w for w in weights if w is not None]
+    if h is not None:
+        h = torch.stack([h.detach(), -h.detach()]).requires_grad_(h.requires_grad)
+    other = [w.detach().flip(0).requires_grad_(w.requires_grad) for w in weights]
+    args = (x, h, [*weights, *other], sizes, nonlinearity)
+    library.opcheck(torch.ops.rnnfast.rnn_bidirectional_layer.default, args)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_both_directions_are_those_of_the_one_op(sample):
+    """The same numbers, whatever lies between the rows that a direction writes and reads back."""
+    x, h, *weights, sizes, nonlinearity, _ = SAMPLES[sample]()
+    count = sum(w is not None for w in weights)
+    leaves = [t for t in (x, h, *weights[:count]) if t is not None and t.requires_grad]
+    results = []
+    for ops in ("both", "each"):
+        if ops == "both":
+            state = None if h is None else torch.stack([h, h])
+            out, h_n = torch.ops.rnnfast.rnn_bidirectional_layer(
+                x, state, weights[:count] * 2, sizes, nonlinearity
+            )
+        else:
+            each = [
+                torch.ops.rnnfast.rnn_layer(x, h, *weights, sizes, nonlinearity, reverse)
+                for reverse in (False, True)
+            ]
+            out, h_n = torch.cat([o for o, _ in each], -1), torch.stack([s for _, s in each])
+        assert out.is_contiguous()
+        grads = []
+        if leaves:
+            grads = torch.autograd.grad(out.square().sum() + h_n.sum(), leaves)
+        results.append([out, h_n, *grads])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)  # sums of two in another order
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_both_directions_need_one_hidden_size():
+    x, h, *weights = layer(4, 3, 2, 5)
+    other = layer(4, 3, 2, 6)[2:]
+    op = torch.ops.rnnfast.rnn_bidirectional_layer
+    with pytest.raises(RuntimeError, match=r"w_hh of one size.*\[5, 5\].*\[6, 6\]"):
+        op(x, None, [*weights, *other], None, "tanh")
+    with pytest.raises(RuntimeError, match=r"4 weights, or 8 with biases.*got 6"):
+        op(x, None, [*weights, *weights[:2]], None, "tanh")
+    with pytest.raises(RuntimeError, match=r"hx of 3 dimensions, the first 2.*\[3, 5\]"):
+        op(x, h, weights * 2, None, "tanh")
+
+
 def test_no_op_is_left_unchecked():
-    """The two above; here the rest but the double backward, made of ATen's ops when called."""
+    """Those above; here the rest but the double backward, made of ATen's ops when called."""
     ops = torch.ops.rnnfast
     x, h, *weights = layer(4, 3, 2, 5, requires_grad=True)
     library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
     library.opcheck(ops.rnn_cell.default, (x[0].detach(), h, *weights))
     library.opcheck(ops._tanh.default, (torch.randn(7),))
     checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
+    checked.add("rnn_bidirectional_layer")
     checked.add("_rnn_layer_double_backward")
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]

@@ -42,13 +42,13 @@ struct Steps {
   Steps(const Tensor& input, const std::optional<Tensor>& sizes, bool reverse) {
     walk.reverse = reverse;
     if (!sizes) {
-      walk.seq_len = input.size(0);
+      walk.seq_len = walk.end = input.size(0);
       walk.batch = input.size(1);
       rows = walk.seq_len * walk.batch;
       return;
     }
     batch_sizes = sizes->contiguous();
-    walk.seq_len = batch_sizes.numel();
+    walk.seq_len = walk.end = batch_sizes.numel();
     walk.batch_sizes = batch_sizes.const_data_ptr<int64_t>();
     walk.batch = walk.batch_sizes[0];
     first_row.reserve(walk.seq_len);
@@ -60,6 +60,11 @@ struct Steps {
   }
 
   bool packed() const { return walk.first_row != nullptr; }
+
+  // Rows that precede step t <= seq_len.
+  int64_t row(int64_t t) const {
+    return !packed() ? t * walk.batch : t < walk.seq_len ? first_row[t] : rows;
+  }
 
   // The rows of a [T, B, F] or packed [rows, F] tensor, whose features are adjacent.
   template <class T, class Scalar = std::remove_const_t<T>>
@@ -85,26 +90,25 @@ struct Steps {
     return packed() ? x.narrow(0, 0, walk.batch) : x.select(0, 0);
   }
 
-  // The same into a tensor [B, F], from a contiguous x.
+  // The same into a contiguous tensor [B, F], from an x whose rows lie a stride apart.
   void copy_last(const Tensor& x, const Tensor& to) const {
-    const size_t bytes = x.size(-1) * x.element_size();
-    const char* from = static_cast<const char*>(x.const_data_ptr());
-    char* row = static_cast<char*>(to.mutable_data_ptr());
-    if (!packed()) {
-      std::memcpy(row, from + (rows - walk.batch) * bytes, walk.batch * bytes);
-      return;
-    }
+    if (!packed()) return copy_rows(x, rows - walk.batch, to, 0, walk.batch);
     for (int64_t t = 0; t < walk.seq_len; ++t) {
       const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
-      const int64_t end = walk.batch_sizes[t];
-      if (end > begin) {
-        std::memcpy(row + begin * bytes, from + (first_row[t] + begin) * bytes,
-                    (end - begin) * bytes);
-      }
+      copy_rows(x, first_row[t] + begin, to, begin, walk.batch_sizes[t] - begin);
     }
   }
-  void copy_first(const Tensor& x, const Tensor& to) const {
-    std::memcpy(to.mutable_data_ptr(), x.const_data_ptr(), walk.batch * x.size(-1) * x.element_size());
+  void copy_first(const Tensor& x, const Tensor& to) const { copy_rows(x, 0, to, 0, walk.batch); }
+
+  static void copy_rows(const Tensor& x, int64_t at, const Tensor& to, int64_t to_at, int64_t n) {
+    const size_t bytes = x.size(-1) * x.element_size(), stride = x.stride(-2) * x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + at * stride;
+    char* row = static_cast<char*>(to.mutable_data_ptr()) + to_at * bytes;
+    if (stride == bytes) {
+      std::memcpy(row, from, n * bytes);
+    } else {
+      for (int64_t i = 0; i < n; ++i) std::memcpy(row + i * bytes, from + i * stride, bytes);
+    }
   }
 
   // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
@@ -126,12 +130,12 @@ struct Steps {
     }
   }
 
-  // Runs loop(share) over all rows and panels, divided so that every thread has as much to do: by
+  // Runs loop(share) over all rows and panels of a walk, divided so that every thread has as much to do: by
   // rows, which then never meet; where the rows are too few to fill a register block in every
   // thread, by panels of hidden units, the threads meeting after each step.
   template <class F>
-  void parallel(int64_t work_per_row, int64_t panels, const F& loop) const {
-    const int64_t B = walk.batch;
+  void parallel(const Walk& part, int64_t work_per_row, int64_t panels, const F& loop) const {
+    const int64_t B = walk.live(part.begin), rows = row(part.end) - row(part.begin);
     Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     const int64_t parts = std::min(threads, std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1));
@@ -158,10 +162,10 @@ struct Steps {
     if (!packed()) {
       for (int64_t i = 1; i < ranges; ++i) bounds[i] = B * i / ranges;
     } else {
-      int64_t length = walk.seq_len, before = 0, range = 1;
+      int64_t length = part.end, before = 0, range = 1;
       for (int64_t b = 0; b < B && range < ranges; ++b) {
         while (walk.batch_sizes[length - 1] <= b) --length;
-        before += length;
+        before += length - part.begin;
         if (before * ranges >= rows * range) bounds[range++] = b + 1;
       }
     }
@@ -180,46 +184,12 @@ Tensor adjacent_features(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
 
-Tensor flat(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 template <class T>
 int64_t panels_of(int64_t H) {
   const int64_t columns = time_loop<T>().panel_columns;
   return (H + columns - 1) / columns;
-}
-
-// Packs w^T (transposed) or w into the time loop's panels, shared out where there are many.
-template <class T>
-const T* pack_into(T*& space, const Tensor& w, bool transposed) {
-  const TimeLoop<T>& loop = time_loop<T>();
-  T* packed = space;
-  const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
-  const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
-  const T* weights = w.const_data_ptr<T>();
-  constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
-  at::parallel_for(
-      0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
-      [&](int64_t begin, int64_t end) {
-        const int64_t n0 = begin * loop.panel_columns, n1 = std::min(end * loop.panel_columns, N);
-        loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
-      });
-  space += loop.packed_size(K, N);
-  return packed;
-}
-
-// b_ih + b_hh, each optional, padded to whole vectors: a packed [1, H].
-template <class T>
-const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
-                        const std::optional<Tensor>& b_hh, int64_t H) {
-  T* packed = space;
-  space += time_loop<T>().packed_size(1, H);
-  std::fill(packed, space, T(0));
-  for (const auto& bias : {b_ih, b_hh}) {
-    if (!bias) continue;
-    const T* b = bias->template const_data_ptr<T>();
-    for (int64_t n = 0; n < H; ++n) packed[n] += b[n * bias->stride(0)];
-  }
-  return packed;
 }
 
 // Uninitialised memory for packed weights: small ones stay on the stack.
@@ -237,6 +207,67 @@ class Space {
   alignas(64) T small_[kSmall];
   c10::DataPtr large_;
 };
+
+template <class Stored>
+void widen(const Stored* from, int64_t stride, int64_t n, float* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i * stride]);
+  }
+}
+
+// Packs w^T (transposed) or w, of type Stored, into the time loop's panels, shared out where there
+// are many.
+template <class T, class Stored = T>
+const T* pack_into(T*& space, const Tensor& w, bool transposed) {
+  const TimeLoop<T>& loop = time_loop<T>();
+  T* packed = space;
+  const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
+  const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
+  const Stored* weights = w.const_data_ptr<Stored>();
+  constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
+  at::parallel_for(
+      0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
+      [&](int64_t begin, int64_t end) {
+        int64_t n0 = begin * loop.panel_columns;
+        const int64_t n1 = std::min(end * loop.panel_columns, N);
+        if constexpr (std::is_same_v<T, Stored>) {
+          loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
+        } else {
+          Space<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
+          for (; n0 < n1; n0 += loop.panel_columns) {
+            const int64_t columns = std::min(loop.panel_columns, n1 - n0);
+            const Stored* from = weights + n0 * stride_n;
+            const bool by_k = stride_k > stride_n;
+            const int64_t outer = by_k ? K : columns, inner = by_k ? columns : K;
+            const int64_t outer_stride = by_k ? stride_k : stride_n;
+            const int64_t inner_stride = by_k ? stride_n : stride_k;
+            for (int64_t i = 0; i < outer; ++i) {
+              widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
+            }
+            loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns, packed + K * n0);
+          }
+        }
+      });
+  space += loop.packed_size(K, N);
+  return packed;
+}
+
+// b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
+template <class T, class Stored = T>
+const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
+                        const std::optional<Tensor>& b_hh, int64_t H) {
+  T* packed = space;
+  space += time_loop<T>().packed_size(1, H);
+  std::fill(packed, space, T(0));
+  for (const auto& bias : {b_ih, b_hh}) {
+    if (!bias) continue;
+    const Stored* b = bias->template const_data_ptr<Stored>();
+    for (int64_t n = 0; n < H; ++n) packed[n] += static_cast<T>(b[n * bias->stride(0)]);
+  }
+  return packed;
+}
 
 // Whether the rows are too few for packing the weights to pay. Measured break-even (AVX2, I = H, B
 // from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024; with a single
@@ -316,7 +347,10 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const std::option
       add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
                     live - carried, at(out_rows, t, carried));
     }
-    time_loop<T>().activate(walk.row(out_rows, t, 0), live * H, relu);
+    const bool adjacent = out_rows.stride_b == H;
+    for (int64_t b = 0; b < (adjacent ? 1 : live); ++b) {
+      time_loop<T>().activate(walk.row(out_rows, t, b), adjacent ? live * H : H, relu);
+    }
     visited = live;
     t_last = t;
   }
@@ -376,14 +410,14 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
     f.w_ih = pack_into(space, w_ih, true);
     if (b_ih || b_hh) f.bias = pack_bias_into(space, b_ih, b_hh, H);
   } else {
-    project(input, w_ih, b_ih, b_hh, out.view({steps.rows, H}));
+    project(input, w_ih, b_ih, b_hh, flat(out));
   }
   Tensor h0;
   if (hx) {
     h0 = adjacent_features(*hx);
     f.h0 = Rows<const T>{h0.const_data_ptr<T>(), 0, h0.stride(0)};
   }
-  steps.parallel(H * (H + f.input_size + 16), panels_of<T>(H),
+  steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<T>(H),
                  [&](const Share& share) { loop.forward(f, share); });
 }
 
@@ -413,7 +447,7 @@ Tensor backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, false);
-  steps.parallel(H * (H + 16), panels_of<T>(H),
+  steps.parallel(f.walk, H * (H + 16), panels_of<T>(H),
                  [&](const Share& share) { loop.backward(f, share); });
   return dz;
 }
@@ -525,137 +559,356 @@ using OptionalTensor = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs rnn_layer(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                  const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                  c10::string_view, bool);
-Gradients rnn_layer_backward(const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                             const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const OptionalTensor&, c10::string_view, bool, std::array<bool, 5>);
-
 // ------------------------------------------------------------------------------- 16-bit storage
 //
 // bfloat16 and float16 are storage: the arithmetic, and the state from step to step, are float32.
-// The steps are taken in stretches, each widened when its turn comes, so that no tensor ever has a
-// whole float32 copy. A stretch has rows enough for packing the weights again not to matter.
+// Nothing is widened whole, so that a step of training needs no more memory than nn.RNN's, which
+// widens nothing: W_hh goes straight into the time loop's panels; steps are taken in stretches;
+// products over all steps widen a block of a weight and some rows at a time. Between the recurrence
+// of the backward and its products, dz is stored in 16 bits, like the outputs.
 
-constexpr int64_t kStretchRows = 512;
+// Floats that temporaries may take. nn.RNN holds an output beside ours, or a weight's gradient; with
+// a single step hardly anything, but smaller blocks would cost more calls.
+int64_t spare_floats(const Steps& steps, int64_t I, int64_t H) {
+  return std::max(H * (I + H), steps.rows * H) / 4;
+}
 
-struct Stretch {
-  int64_t begin, end;      // steps
-  int64_t row, rows;       // of a packed tensor
-  int64_t live;            // rows of step `begin`
+// The size of equal parts of `all` rows, or columns, of `most` or 32.
+int64_t part_of(int64_t all, int64_t most) {
+  most = std::max<int64_t>(most, 32);
+  const int64_t parts = std::max<int64_t>((all + most - 1) / most, 1);
+  return std::max<int64_t>((all + parts - 1) / parts, 1);
+}
+
+// The steps in stretches, in the order of the walk, and their rows in float32. A buffer holds a
+// stretch of rows and, next to them in their place, the rows of the step before.
+class Stretches {
+ public:
+  Stretches(const Steps& steps, bool backwards, int64_t H, int64_t spare)
+      : steps_(steps), backwards_(backwards) {
+    const int64_t T = steps.walk.seq_len, B = steps.walk.batch;
+    // Two buffers, and the step before.
+    const int64_t most = std::clamp<int64_t>((spare / H - B) / 2, 32, 512);
+    for (int64_t t = 0; t < T;) {
+      const int64_t begin = t++;
+      while (t < T && steps.row(t + 1) - steps.row(begin) <= most) ++t;
+      ranges_.emplace_back(begin, t);
+      rows_ = std::max(rows_, steps.row(t) - steps.row(begin));
+    }
+    if (backwards) std::reverse(ranges_.begin(), ranges_.end());
+  }
+
+  const std::vector<std::pair<int64_t, int64_t>>& ranges() const { return ranges_; }
+
+  Tensor buffer(int64_t features, bool with_step_before) const {
+    const int64_t rows = rows_ + (with_step_before && ranges_.size() > 1 ? steps_.walk.batch : 0);
+    return at::empty({rows, features}, at::kFloat);
+  }
+
+  // The stretch's rows of a tensor [T, B, F] or packed [rows, F].
+  Tensor part(const Tensor& x, std::pair<int64_t, int64_t> range) const {
+    const auto [begin, end] = range;
+    return steps_.packed() ? x.narrow(0, steps_.row(begin), steps_.row(end) - steps_.row(begin))
+                           : x.narrow(0, begin, end - begin);
+  }
+
+  // The stretch's rows of a buffer; `before`: one with the rows of the step before.
+  Tensor rows(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
+    const auto [begin, end] = range;
+    return buffer.narrow(0, steps_.row(begin) - first_row(range, before),
+                         steps_.row(end) - steps_.row(begin));
+  }
+
+  // The buffer as the time loop addresses it, by step and row.
+  Rows<float> addressed(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
+    const int64_t F = buffer.size(1);
+    return {buffer.mutable_data_ptr<float>() - first_row(range, before) * F, steps_.walk.batch * F,
+            F};
+  }
+
+  // Moves the rows of the step before, which ended the stretch before, to their place in this one.
+  void carry(const Tensor& buffer, size_t i) const {
+    if (i == 0) return;
+    const auto range = ranges_[i];
+    const int64_t t = backwards_ ? range.second : range.first - 1, F = buffer.size(1);
+    const int64_t row = steps_.row(t), bytes = steps_.walk.live(t) * F * int64_t(sizeof(float));
+    float* data = buffer.mutable_data_ptr<float>();
+    std::memmove(data + (row - first_row(range, true)) * F,
+                 data + (row - first_row(ranges_[i - 1], true)) * F, bytes);
+  }
+
+ private:
+  int64_t first_row(std::pair<int64_t, int64_t> range, bool before) const {
+    return steps_.row(range.first - (before && !backwards_ && range.first > 0));
+  }
+
+  const Steps& steps_;
+  const bool backwards_;  // from the last step to the first
+  std::vector<std::pair<int64_t, int64_t>> ranges_;  // steps [begin, end)
+  int64_t rows_ = 0;                                 // of the longest
 };
 
-// In the order of the forward, or against it.
-std::vector<Stretch> stretches_of(const Steps& steps, bool backward) {
-  std::vector<Stretch> found;
-  const int64_t T = steps.walk.seq_len;
-  for (int64_t t = 0, row = 0; t < T;) {
-    Stretch s{t, t, row, 0, steps.walk.live(t)};
-    while (s.end < T && s.rows < kStretchRows) s.rows += steps.walk.live(s.end++);
-    found.push_back(s);
-    t = s.end;
-    row += s.rows;
-  }
-  if (steps.walk.reverse != backward) std::reverse(found.begin(), found.end());
-  return found;
+const float* pack_widened(float*& space, const Tensor& w, bool transposed) {
+  return AT_DISPATCH_REDUCED_FLOATING_TYPES(w.scalar_type(), "rnnfast::rnn_layer", [&] {
+    return pack_into<float, scalar_t>(space, w, transposed);
+  });
 }
 
 OptionalTensor widened(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->to(at::kFloat)) : std::nullopt;
+  return x ? OptionalTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-struct Narrowing {
-  const Steps& steps;
-  const OptionalTensor& batch_sizes;
-
-  // The stretch's steps of a [T, B, F] or packed [rows, F] tensor.
-  Tensor part(const Tensor& x, const Stretch& s) const {
-    return steps.packed() ? x.narrow(0, s.row, s.rows) : x.narrow(0, s.begin, s.end - s.begin);
+// to = x[r : r + n, c : c + m], of a 16-bit matrix x. A few numbers are done before a call of the
+// library's begins.
+void widen_block(float* to, int64_t ld, const Tensor& x, int64_t r, int64_t n, int64_t c, int64_t m) {
+  if (n * m > 4096) {
+    at::from_blob(to, {n, m}, {ld, 1}, at::kFloat).copy_(x.narrow(0, r, n).narrow(1, c, m));
+    return;
   }
-  OptionalTensor part(const OptionalTensor& x, const Stretch& s) const {
-    return x ? OptionalTensor(part(*x, s).to(at::kFloat)) : std::nullopt;
-  }
-  OptionalTensor sizes(const Stretch& s) const {
-    return batch_sizes ? OptionalTensor(batch_sizes->narrow(0, s.begin, s.end - s.begin))
-                       : std::nullopt;
-  }
-
-  // The state in which the forward came to the stretch.
-  OptionalTensor state_before(const Stretch& s, const OptionalTensor& hx, const Tensor& out) const {
-    const int64_t t = steps.walk.reverse ? s.end : s.begin - 1;
-    if (t < 0 || t >= steps.walk.seq_len) return hx ? widened(hx->narrow(0, 0, s.live)) : hx;
-    const int64_t carried = std::min(steps.walk.live(t), s.live);
-    const Tensor h = steps.packed() ? out.narrow(0, steps.first_row[t], carried)
-                                    : out.select(0, t).narrow(0, 0, carried);
-    if (carried == s.live) return widened(h);
-    Tensor state = at::zeros({s.live, out.size(-1)}, out.options().dtype(at::kFloat));
-    if (hx) state.copy_(hx->narrow(0, 0, s.live));
-    state.narrow(0, 0, carried).copy_(h);
-    return state;
-  }
-};
-
-Outputs narrow_rnn_layer(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-                         const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                         const OptionalTensor& b_hh, const OptionalTensor& batch_sizes,
-                         c10::string_view nonlinearity, bool reverse, const Tensor& out) {
-  const Narrowing narrow{steps, batch_sizes};
-  const Tensor w_ih_ = w_ih.to(at::kFloat), w_hh_ = w_hh.to(at::kFloat);
-  const OptionalTensor b_ih_ = widened(b_ih), b_hh_ = widened(b_hh);
-  Tensor state = hx ? hx->to(at::kFloat)
-                    : at::zeros({steps.walk.batch, w_hh.size(0)}, w_hh_.options());
-  for (const Stretch& s : stretches_of(steps, /*backward=*/false)) {
-    Tensor h = state.narrow(0, 0, s.live);
-    const auto [o, h_n] = rnn_layer(narrow.part(input, s).to(at::kFloat), h, w_ih_, w_hh_, b_ih_,
-                                    b_hh_, narrow.sizes(s), nonlinearity, reverse);
-    narrow.part(out, s).copy_(o);
-    h.copy_(h_n);
-  }
-  return {out, state.to(input.scalar_type())};
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "rnnfast::rnn_layer", [&] {
+    const int64_t stride_r = x.stride(0), stride_c = x.stride(1);
+    const scalar_t* from = x.const_data_ptr<scalar_t>() + r * stride_r + c * stride_c;
+    for (int64_t i = 0; i < n; ++i) widen(from + i * stride_r, stride_c, m, to + i * ld);
+  });
 }
 
-Gradients narrow_rnn_layer_backward(const Steps& steps, const OptionalTensor& grad_out,
-                                    const OptionalTensor& grad_h_n, const Tensor& input,
-                                    const OptionalTensor& hx, const Tensor& w_ih,
-                                    const Tensor& w_hh, const Tensor& out,
-                                    const OptionalTensor& batch_sizes,
-                                    c10::string_view nonlinearity, bool reverse,
-                                    std::array<bool, 5> output_mask) {
-  const Narrowing narrow{steps, batch_sizes};
-  const Tensor w_ih_ = w_ih.to(at::kFloat), w_hh_ = w_hh.to(at::kFloat);
-  Tensor d_x = output_mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
-  // Of the state behind each sequence's last step so far, the gradient of h_n to begin with.
-  Tensor d_h = at::zeros({steps.walk.batch, w_hh.size(0)}, w_hh_.options());
-  if (grad_h_n) d_h.copy_(*grad_h_n);
-  std::array<Tensor, 3> sums;  // d_w_ih, d_w_hh, d_b
-  for (const Stretch& s : stretches_of(steps, /*backward=*/true)) {
-    const OptionalTensor before = narrow.state_before(s, hx, out);
-    Tensor d_state = d_h.narrow(0, 0, s.live);
-    const auto [d_x_s, d_h_s, d_w_ih, d_w_hh, d_b] = rnn_layer_backward(
-        narrow.part(grad_out, s), d_state, narrow.part(input, s).to(at::kFloat), before, w_ih_,
-        w_hh_, narrow.part(out, s).to(at::kFloat), narrow.sizes(s), nonlinearity, reverse,
-        {output_mask[0], true, output_mask[2], output_mask[3], output_mask[4]});
-    if (d_x.defined()) narrow.part(d_x, s).copy_(d_x_s);
-    if (before) d_state.copy_(d_h_s);
-    const std::array<Tensor, 3> terms = {d_w_ih, d_w_hh, d_b};
-    for (size_t i = 0; i < terms.size(); ++i) {
-      if (!terms[i].defined()) continue;
-      if (sums[i].defined()) {
-        sums[i].add_(terms[i]);
-      } else {
-        sums[i] = terms[i];
-      }
+// z += x w^T in float32, of a 16-bit w, of which `most` numbers are widened at a time.
+void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w, int64_t most) {
+  constexpr int64_t kFewRows = 56;  // as in worth_no_packing
+  const int64_t rows = x.size(0), N = w.size(0), block = part_of(N, most / w.size(1));
+  const Tensor wide = at::empty({block, w.size(1)}, x.options());
+  for (int64_t n0 = 0; n0 < N; n0 += block) {
+    const int64_t n = std::min(block, N - n0);
+    const Tensor w_n = wide.narrow(0, 0, n);
+    w_n.copy_(w.narrow(0, n0, n));
+    Tensor z_n = z.narrow(1, n0, n);
+    if (rows > kFewRows) {
+      z_n.addmm_(x, w_n.t());
+    } else {
+      add_linear<float>({x.const_data_ptr<float>(), 0, x.stride(0)}, w_n, rows,
+                        {z_n.mutable_data_ptr<float>(), 0, z_n.stride(0)});
     }
   }
-  const auto narrowed = [&](const Tensor& x) {
-    return x.defined() ? x.to(input.scalar_type()) : x;
-  };
-  return {d_x, hx && output_mask[1] ? narrowed(d_h) : Tensor(), narrowed(sums[0]),
-          narrowed(sums[1]), narrowed(sums[2])};
+}
+
+// result = x w in float32, all three stored in 16 bits.
+void widened_product(const Tensor& result, const Tensor& x, const Tensor& w, int64_t spare) {
+  const int64_t rows = x.size(0), K = w.size(0), N = w.size(1);
+  const int64_t chunk = part_of(rows, spare / (2 * K)), block = part_of(N, spare / (4 * K));
+  const auto options = x.options().dtype(at::kFloat);
+  const Tensor wide_x = at::empty({chunk, K}, options), wide_w = at::empty({K, block}, options);
+  const Tensor y = at::empty({chunk, block}, options);
+  for (int64_t r = 0; r < rows; r += chunk) {
+    const int64_t m = std::min(chunk, rows - r);
+    const Tensor x_r = wide_x.narrow(0, 0, m);
+    widen_block(wide_x.mutable_data_ptr<float>(), K, x, r, m, 0, K);
+    for (int64_t n0 = 0; n0 < N; n0 += block) {
+      const int64_t n = std::min(block, N - n0);
+      const Tensor w_n = wide_w.narrow(1, 0, n);
+      widen_block(wide_w.mutable_data_ptr<float>(), block, w, 0, K, n0, n);
+      Tensor y_n = y.narrow(0, 0, m).narrow(1, 0, n);
+      at::mm_out(y_n, x_r, w_n);
+      result.narrow(0, r, m).narrow(1, n0, n).copy_(y_n);
+    }
+  }
+}
+
+// result = the sum of a^T b over pairs of matrices of as many rows, in float32, all stored in 16
+// bits: a block of the result at a time, over chunks of rows.
+using Pairs = std::vector<std::pair<Tensor, Tensor>>;
+void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) {
+  const int64_t M = result.size(0), N = result.size(1);
+  int64_t rows = 0;
+  for (const auto& [a, b] : pairs) rows += a.size(0);
+  const int64_t block = part_of(M, spare / (2 * N));
+  const int64_t chunk = part_of(rows, spare / (2 * (block + N)));
+  const bool own = M * N <= kOwnOuterSum;
+  const auto options = result.options().dtype(at::kFloat);
+  const Tensor sum = at::empty({block, N}, options);
+  const Tensor wide_a = at::empty({chunk, block}, options), wide_b = at::empty({chunk, N}, options);
+  float* a_data = wide_a.mutable_data_ptr<float>();
+  float* b_data = wide_b.mutable_data_ptr<float>();
+  for (int64_t m0 = 0; m0 < M; m0 += block) {
+    const int64_t m = std::min(block, M - m0);
+    Tensor sum_m = sum.narrow(0, 0, m);
+    sum_m.zero_();
+    int64_t filled = 0;
+    const auto add = [&] {
+      if (own) {
+        OuterSum<float> f = {filled, N, a_data, block, b_data, N, sum_m.mutable_data_ptr<float>(), N};
+        time_loop<float>().outer_sum(f, 0, m);
+      } else {
+        sum_m.addmm_(wide_a.narrow(0, 0, filled).narrow(1, 0, m).t(), wide_b.narrow(0, 0, filled));
+      }
+      filled = 0;
+    };
+    for (const auto& [a, b] : pairs) {
+      for (int64_t r = 0; r < a.size(0);) {
+        const int64_t n = std::min(chunk - filled, a.size(0) - r);
+        widen_block(a_data + filled * block, block, a, r, n, m0, m);
+        widen_block(b_data + filled * N, N, b, r, n, 0, N);
+        filled += n;
+        r += n;
+        if (filled == chunk) add();
+      }
+    }
+    if (filled > 0) add();
+    result.narrow(0, m0, m).copy_(sum_m);
+  }
+}
+
+void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, const Tensor& input,
+                    const Direction& x, bool relu) {
+  const int64_t I = x.w_ih.size(1), H = x.w_hh.size(0), T = steps.walk.seq_len;
+  const auto& loop = time_loop<float>();
+  const int64_t spare = spare_floats(steps, I, H);
+  const Stretches stretches(steps, x.reverse, H, spare);
+  // A packed W_ih of many more weights than the output has numbers would be most of the memory.
+  const bool fused = T > 1 && worth_fusing(steps, I, H) && (I <= 8 || steps.rows >= H);
+  Space<float> packed((T > 1 ? loop.packed_size(H, H) : 0) +
+                      (fused ? loop.packed_size(I, H) : 0) + loop.packed_size(1, H));
+  float* space = packed.data();
+  Forward<float> f;
+  f.walk = steps.walk;
+  f.hidden_size = H;
+  f.relu = relu;
+  const OptionalTensor h0 = widened(x.hx);
+  const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
+      input.scalar_type(), "rnnfast::rnn_layer",
+      [&] { return pack_bias_into<float, scalar_t>(space, x.b_ih, x.b_hh, H); });
+  if (T > 1) f.w_hh = pack_widened(space, x.w_hh, true);
+  if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
+  if (fused) {
+    f.input_size = I;
+    f.w_ih = pack_widened(space, x.w_ih, true);
+    f.bias = bias;
+  }
+  const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
+  for (size_t i = 0; i < stretches.ranges().size(); ++i) {
+    const auto range = stretches.ranges()[i];
+    const Tensor x_s = stretches.part(input, range), out_s = stretches.part(out, range);
+    const Tensor rows = stretches.rows(wide_x, range, false);
+    const Tensor z = stretches.rows(wide_out, range, true);
+    widen_block(wide_x.mutable_data_ptr<float>(), I, flat(x_s), 0, rows.size(0), 0, I);
+    stretches.carry(wide_out, i);
+    if (!fused) {
+      float* to = z.mutable_data_ptr<float>();
+      for (int64_t r = 0; r < z.size(0); ++r) std::memcpy(to + r * H, bias, H * sizeof(float));
+      add_widened_linear(z, rows, x.w_ih, T > 1 ? spare / 4 : spare / 2);
+    }
+    if (T > 1) {
+      std::tie(f.walk.begin, f.walk.end) = range;
+      const Rows<float> x_rows = stretches.addressed(wide_x, range, false);
+      f.x = Rows<const float>{x_rows.data, x_rows.stride_t, x_rows.stride_b};
+      f.out = stretches.addressed(wide_out, range, true);
+      steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<float>(H),
+                     [&](const Share& share) { loop.forward(f, share); });
+    } else {
+      if (h0) add_widened_linear(z, *h0, x.w_hh, spare / 2);
+      at::parallel_for(0, z.numel(), 16384, [&](int64_t begin, int64_t end) {
+        loop.activate(z.mutable_data_ptr<float>() + begin, end - begin, relu);
+      });
+    }
+    out_s.copy_(z.view(out_s.sizes()));
+  }
+  x.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+}
+
+Gradients narrow_backward(const Steps& steps, const OptionalTensor& grad_out,
+                          const OptionalTensor& grad_h_n, const Tensor& input,
+                          const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
+                          const Tensor& out, bool relu, std::array<bool, 5> output_mask) {
+  const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
+  const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
+  const int64_t spare = spare_floats(steps, I, H);
+  const auto& loop = time_loop<float>();
+  const Tensor dz = at::empty(out.sizes(), out.options());
+  Tensor d_b;
+  {
+    const Stretches stretches(steps, !steps.walk.reverse, H, spare);
+    Space<float> packed(T > 1 ? loop.packed_size(H, H) : 0);
+    float* space = packed.data();
+    Backward<float> f;
+    f.walk = steps.walk;
+    f.hidden_size = H;
+    f.relu = relu;
+    if (T > 1) f.w_hh = pack_widened(space, w_hh, false);
+    const OptionalTensor g_n = widened(grad_h_n);
+    if (g_n) f.grad_h_n = Rows<const float>{g_n->const_data_ptr<float>(), 0, H};
+    const Tensor wide_out = stretches.buffer(H, false), wide_dz = stretches.buffer(H, true);
+    for (size_t i = 0; i < stretches.ranges().size(); ++i) {
+      const auto range = stretches.ranges()[i];
+      const Tensor out_s = stretches.part(out, range), dz_s = stretches.part(dz, range);
+      const Tensor rows = stretches.rows(wide_dz, range, true);
+      widen_block(wide_out.mutable_data_ptr<float>(), H, flat(out_s), 0, rows.size(0), 0, H);
+      stretches.carry(wide_dz, i);
+      std::tie(f.walk.begin, f.walk.end) = range;
+      const Rows<float> h_rows = stretches.addressed(wide_out, range, false);
+      f.out = Rows<const float>{h_rows.data, h_rows.stride_t, h_rows.stride_b};
+      f.dz = stretches.addressed(wide_dz, range, true);
+      if (grad_out) {  // each number is read where its dz is written
+        const Tensor g_s = flat(stretches.part(*grad_out, range));
+        widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
+        f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
+      }
+      steps.parallel(f.walk, H * (H + 16), panels_of<float>(H),
+                     [&](const Share& share) { loop.backward(f, share); });
+      dz_s.copy_(rows.view(dz_s.sizes()));
+      if (need_b) d_b = d_b.defined() ? d_b.add_(rows.sum(0)) : rows.sum(0);
+    }
+  }
+
+  const bool reverse = steps.walk.reverse;
+  const Tensor z = flat(dz), h = flat(out);
+  const Tensor z_first =
+      hx && (need_h || need_w_hh) ? (reverse ? steps.last(dz) : steps.first(dz)) : Tensor();
+  Tensor d_x, d_h, d_w_ih, d_w_hh;
+  if (need_w_ih) {
+    d_w_ih = at::empty({H, I}, dz.options());
+    widened_outer_sum(d_w_ih, {{z, flat(input)}}, spare);
+  }
+  if (need_w_hh) {
+    d_w_hh = at::empty({H, H}, dz.options());
+    Pairs pairs;
+    if (hx) pairs.emplace_back(z_first, *hx);
+    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
+      pairs.emplace_back(z.narrow(0, at, n), h.narrow(0, before, n));
+    });
+    widened_outer_sum(d_w_hh, pairs, spare);
+  }
+  if (need_x) {
+    d_x = at::empty(input.sizes(), dz.options());
+    widened_product(flat(d_x), z, w_ih, spare);
+  }
+  if (hx && need_h) {
+    d_h = at::empty(hx->sizes(), dz.options());
+    widened_product(d_h, z_first, w_hh, spare);
+  }
+  return {d_x, d_h, d_w_ih, d_w_hh, need_b ? d_b.to(dz.scalar_type()) : d_b};
 }
 
 // --------------------------------------------------------------------------------------- the ops
+
+// One direction, into the rows of `out`, which may lie apart, and a contiguous h_n.
+void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, const Tensor& input,
+                  const Direction& x, c10::string_view nonlinearity) {
+  if (steps.rows == 0) return;
+  const bool relu = nonlinearity == "relu";
+  if (is_reduced(input)) return narrow_forward(out, h_n, steps, input, x, relu);
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
+    const auto run = worth_no_packing(steps, x.w_hh.size(0)) ? forward_by_steps<scalar_t>
+                                                             : forward_loop<scalar_t>;
+    run(steps, input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, relu, out);
+  });
+  x.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+}
+
+// [T, B, features] or packed [rows, features].
+Tensor empty_rows(const Tensor& input, int64_t features) {
+  at::DimVector sizes(input.sizes());
+  sizes.back() = features;
+  return at::empty(sizes, input.options());
+}
 
 Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                   const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
@@ -665,19 +918,30 @@ Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w
   check_dtype(input);
   const Steps steps(input, batch_sizes, reverse);
   const int64_t H = w_hh.size(0);
-  Tensor out = steps.packed() ? at::empty({steps.rows, H}, input.options())
-                              : at::empty({steps.walk.seq_len, steps.walk.batch, H}, input.options());
-  if (steps.rows == 0) return {out, at::empty({0, H}, input.options())};
-  if (is_reduced(input)) {
-    return narrow_rnn_layer(steps, input, hx, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity,
-                            reverse, out);
-  }
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    const auto run = worth_no_packing(steps, H) ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
-    run(steps, input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity == "relu", out);
-  });
+  Tensor out = empty_rows(input, H);
   Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
-  reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+  forward_into(out, h_n, steps, input, {hx, w_ih, w_hh, b_ih, b_hh, reverse}, nonlinearity);
+  return {out, h_n};
+}
+
+// Each direction writes its half of the rows of one tensor.
+Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
+                                at::TensorList weights, const OptionalTensor& batch_sizes,
+                                c10::string_view nonlinearity) {
+  NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+  Tensor out, h_n;
+  for (int64_t d = 0; d < 2; ++d) {
+    const Direction x = direction_of(d, hx, weights);
+    check_layer(input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, batch_sizes, nonlinearity);
+    check_dtype(input);
+    const Steps steps(input, batch_sizes, x.reverse);
+    const int64_t H = x.w_hh.size(0);
+    if (d == 0) {
+      out = empty_rows(input, 2 * H);
+      h_n = at::empty({2, steps.walk.batch, H}, input.options());
+    }
+    forward_into(out.narrow(-1, d * H, H), h_n.select(0, d), steps, input, x, nonlinearity);
+  }
   return {out, h_n};
 }
 
@@ -701,11 +965,11 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
             zeros(need_w_hh, {H, H}), zeros(need_b, {H})};
   }
 
-  if (is_reduced(input)) {
-    return narrow_rnn_layer_backward(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out,
-                                     batch_sizes, nonlinearity, reverse, output_mask);
-  }
   const bool relu = nonlinearity == "relu";
+  if (is_reduced(input)) {
+    return narrow_backward(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu,
+                           output_mask);
+  }
   Tensor dz;
   if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
     dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu);
@@ -748,6 +1012,7 @@ Tensor tanh(const Tensor& x) {
 
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("rnn_layer", &rnnfast::cpu::rnn_layer);
+  m.impl("rnn_bidirectional_layer", &rnnfast::cpu::rnn_bidirectional_layer);
   m.impl("rnn_layer_backward", &rnnfast::cpu::rnn_layer_backward);
   m.impl("_tanh", &rnnfast::cpu::tanh);
 }

@@ -30,6 +30,9 @@ struct Walk {
   const int64_t* batch_sizes = nullptr;  // [seq_len], never increasing; nullptr: all rows live
   const int64_t* first_row = nullptr;    // [seq_len], packed only: rows that precede step t
   bool reverse = false;                  // the forward goes from the last step to the first
+  // The steps [begin, end) are to be walked. The state of the step visited before them, if there is
+  // one, lies in its place.
+  int64_t begin = 0, end = 0;
 
   int64_t live(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 

@@ -563,22 +563,26 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
   }
 }
 
-// Every step of the share's panels of rows [b0, b1). Sequences are sorted by length, so the rows
+// Every step of the walk, of the share's panels of rows [b0, b1). Sequences are sorted by length, so the rows
 // alive at a step are a prefix, and so are those of them that the step before also visited.
 template <class Cell>
 void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
   const Walk& walk = cell.walk();
   // Not where all steps fit the second-level cache, nor where one step alone would fill it.
   const int64_t step_bytes = (b1 - b0) * cell.hidden_size() * int64_t(sizeof(typename Cell::Scalar));
-  const bool prefetching = step_bytes <= 128 << 10 && step_bytes * walk.seq_len > 256 << 10;
+  const int64_t steps = walk.end - walk.begin;
+  const bool prefetching = step_bytes <= 128 << 10 && step_bytes * steps > 256 << 10;
+  int64_t t_last = cell.backwards() ? walk.end : walk.begin - 1;
   int64_t visited = b0;  // rows [b0, visited) were alive at the step visited last
-  int64_t t_last = 0;
-  for (int64_t s = 0; s < walk.seq_len; ++s) {
-    const int64_t t = cell.backwards() ? walk.seq_len - 1 - s : s;
+  if (t_last >= 0 && t_last < walk.seq_len && walk.live(t_last) > b0) {
+    visited = walk.live(t_last) < b1 ? walk.live(t_last) : b1;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t t = cell.backwards() ? walk.end - 1 - s : walk.begin + s;
     const int64_t alive = walk.live(t) < b1 ? walk.live(t) : b1;
     if (alive <= b0) continue;
     const int64_t carried = visited < alive ? visited : alive;
-    if (prefetching) cell.t_next = s + 1 == walk.seq_len ? -1 : cell.backwards() ? t - 1 : t + 1;
+    if (prefetching) cell.t_next = s + 1 == steps ? -1 : cell.backwards() ? t - 1 : t + 1;
     step(cell, t, b0, carried, share.p0, share.p1, carried > b0 ? cell.state(t_last, b0) : nullptr);
     step(cell, t, carried, alive, share.p0, share.p1, nullptr);
     if (share.barrier) share.barrier->arrive_and_wait(share.parties);
