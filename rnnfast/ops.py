@@ -57,7 +57,7 @@ def _fake_rnn_bidirectional_layer(
         (None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases)
         for d in (0, 1)
     )
-    reference.check_layer(input, *back, batch_sizes, nonlinearity)  # type: ignore[arg-type]
+    reference.check_layer(input, *back, batch_sizes, nonlinearity)  # type: ignore
     out, h_n = _fake_rnn_layer(input, *forth, batch_sizes, nonlinearity, False)  # type: ignore
     *rows, hidden_size = out.shape
     return out.new_empty((*rows, 2 * hidden_size)), h_n.new_empty((2, *h_n.shape))

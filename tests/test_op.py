@@ -125,7 +125,7 @@ def test_both_directions_need_one_hidden_size():
     op = torch.ops.rnnfast.rnn_bidirectional_layer
     with pytest.raises(RuntimeError, match=r"w_hh of one size.*\[5, 5\].*\[6, 6\]"):
         op(x, None, [*weights, *other], None, "tanh")
-    with pytest.raises(RuntimeError, match="4 weights, or 8 with biases.*got 6"):
+    with pytest.raises(RuntimeError, match=r"4 weights, or 8 with biases.*got 6"):
         op(x, None, [*weights, *weights[:2]], None, "tanh")
     with pytest.raises(RuntimeError, match=r"hx of 3 dimensions, the first 2.*\[3, 5\]"):
         op(x, h, weights * 2, None, "tanh")
