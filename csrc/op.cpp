@@ -235,7 +235,9 @@ struct RnnBidirectionalLayerBackward : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     variable_list d(3 + 2 * per_direction);
     if (!grads[0].defined() && !grads[1].defined()) return d;
-    const Tensor h0 = hx.unpack(), h = out.unpack(getptr());
+    // Once each: activation checkpointing allows no second time.
+    const Tensor x = input.unpack(), h0 = hx.unpack(), h = out.unpack(getptr());
+    const auto sizes = if_defined(batch_sizes.unpack());
     const int64_t H = h.size(-1) / 2;
     const bool need_h = h0.defined() && task_should_compute_output(2);
     std::array<Tensor, 2> d_h;
@@ -256,9 +258,9 @@ struct RnnBidirectionalLayerBackward : torch::autograd::Node {
       };
       Tensor d_b;
       std::tie(d[direction], d_h[direction], d[first], d[first + 1], d_b) = call_rnn_layer_backward(
-          half(grads[0]), state(grads[1]), input.unpack(), state(h0),
-          weights[2 * direction].unpack(), weights[2 * direction + 1].unpack(), *half(h),
-          if_defined(batch_sizes.unpack()), nonlinearity, /*reverse=*/direction == 1, mask);
+          half(grads[0]), state(grads[1]), x, state(h0), weights[2 * direction].unpack(),
+          weights[2 * direction + 1].unpack(), *half(h), sizes, nonlinearity,
+          /*reverse=*/direction == 1, mask);
       if (need_b_ih) d[first + 2] = d_b;
       if (need_b_hh) d[first + 3] = d_b;
     }
