@@ -37,6 +37,7 @@ from . import triton_layer
 
 __all__ = [
     "BACKENDS",
+    "TAKEN",
     "FallbackWarning",
     "backend",
     "build_record",
@@ -153,15 +154,12 @@ def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
         return f"the input is on {input.device}, not on a CUDA device."
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
-    return _why_not_cuda_on(
-        input.device, input.dtype, hidden_size or 1, triton_layer.tf32_allowed()
-    )
+    tf32 = triton_layer.tf32_allowed()
+    return _why_not_cuda_on(input.get_device(), input.dtype, hidden_size or 1, tf32)
 
 
 @cache
-def _why_not_cuda_on(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool
-) -> str | None:
+def _why_not_cuda_on(device: int, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str | None:
     return why_not_cuda(torch.ops.rnnfast._cuda_why_not, device, dtype, hidden_size)
 
 
@@ -169,12 +167,12 @@ def why_not_cuda(
     ask: Callable[..., int], device: int, dtype: torch.dtype, hidden_size: int
 ) -> str | None:
     """The sentence for a Refusal of csrc/cuda/time_loop.h, None for none."""
-    tracing = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # the question is no part of a model
+    tracing: Any = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # it is no part of a model
     try:
         refusal = ask(device, dtype, hidden_size)
     finally:
-        torch._C._set_tracing_state(tracing)
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     return (
         None,
         f"{dtype} is none of float32, float64, bfloat16, float16.",
@@ -189,6 +187,14 @@ def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
     return triton_layer.why_not(input, hidden_size)
+
+
+def _why_not_torch(input: Tensor, hidden_size: int | None = None) -> str | None:
+    if _vmapped():
+        return "PyTorch's own RNN has no batching rule."
+    if forward_ad._current_level >= 0 and not input.is_cpu:
+        return "PyTorch's own RNN has forward-mode derivatives on the CPU alone."
+    return None
 
 
 def _always(input: Tensor, hidden_size: int | None = None) -> str | None:
@@ -238,8 +244,17 @@ BACKENDS: dict[str, Callable[[Tensor, int | None], str | None]] = {
     "cpu": _why_not_cpu,
     "cuda": _why_not_cuda,
     "triton": _why_not_triton,
-    "torch": _always,
+    "torch": _why_not_torch,
     "reference": _always,
+}
+
+#: name -> when :func:`chosen` takes a backend, of those that can run the call.
+TAKEN: dict[str, str] = {
+    "cpu": "always",
+    "cuda": "where a row of GPU_WINS says that it was measured to be faster",
+    "triton": "where a row of GPU_WINS says that it was measured to be faster",
+    "torch": "on devices other than the CPU, where no kernel of ours is taken",
+    "reference": "where none of the others is",
 }
 
 
@@ -286,7 +301,7 @@ def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
         return "cpu"
     if input.is_cuda and (winner := _winner(input, hidden_size, packed)):
         return winner
-    if input.is_cpu or input.is_meta or forward_ad._current_level >= 0 or _vmapped():
+    if input.is_cpu or input.is_meta or _why_not_torch(input) is not None:
         return "reference"
     return "torch"
 

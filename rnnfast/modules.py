@@ -108,6 +108,10 @@ class RNN(nn.RNNBase):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
+            elif sorted_indices is not None and torch.compiler.is_compiling():
+                # The state says the size of the batch, which no trace can read from batch_sizes.
+                states = self.num_layers * (1 + self.bidirectional)
+                hx = data.new_zeros(states, sorted_indices.size(0), self.hidden_size)
             output, h_n = self._run(data, hx, batch_sizes)
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(h_n, unsorted_indices)

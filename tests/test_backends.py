@@ -94,6 +94,22 @@ def test_torch_backend_is_nn_rnn_itself(nonlinearity, kind, with_state):
         assert torch.equal(cell(torch.ones(2, 3)), reference(torch.ones(2, 3)))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("allowed", "then", "grows"), [(1, 1, False), (3, 1, False), (3, 3, True)])
+def test_no_more_threads_run_than_are_allowed(compiled, allowed, then, grows):
+    code = f"""if True:
+        import os, rnnfast, torch
+        torch.set_num_threads({then})
+        rnn, x = rnnfast.RNN(64, 256), torch.randn(50, 64, 64)
+        before = len(os.listdir("/proc/self/task"))
+        with rnnfast.backend("cpu"):
+            rnn(x)[0].sum().backward()
+        print(len(os.listdir("/proc/self/task")) > before)
+    """
+    run = python(code, OMP_NUM_THREADS=str(allowed))
+    assert run.stdout.strip() == str(grows), run.stderr
+
+
 @pytest.fixture
 def copy_of_package(tmp_path):
     """The package's Python files alone, with no extension and no record of a build."""
@@ -164,19 +180,3 @@ def test_without_the_extension_forcing_it_is_an_error_that_says_why(copy_of_pack
     assert "the forced backend 'cpu' cannot run: the C++ extension is not built" in run.stderr
     run = fallback(copy_of_package, RNNFAST_BACKEND="reference")
     assert (run.returncode, run.stderr) == (0, "")
-
-
-def test_diagnosis():
-    def diagnose(*args):
-        return subprocess.run(
-            [sys.executable, "-m", "rnnfast", *args],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    found = json.loads(diagnose("--json"))
-    assert found["torch"] == str(torch.__version__)
-    assert found["inputs"]["cpu float32"]["runs"] == rnnfast.backends.chosen(torch.ones(1))
-    assert str(torch.__version__) in diagnose()

@@ -1,9 +1,14 @@
 """torch.compile and torch.export: one graph, dynamic sizes, the numbers of eager."""
 
+from operator import getitem
+
 import pytest
 import torch
+from conftest import TRITON
+from functorch.compile import make_boxed_func
 from helpers import assert_same, pair, ramp
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
@@ -41,8 +46,9 @@ def same(actual, expected, steps):
         assert_same(a, b, steps, 100, f"result {i}")
 
 
+@pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
 @pytest.mark.parametrize("with_state", [False, True])
-def test_one_graph_for_all_sizes_forward_and_backward(compiled, with_state):
+def test_one_graph_for_all_sizes_forward_and_backward(backend, with_state):
     _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
     graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
     for B, T in SIZES:
@@ -64,14 +70,16 @@ def test_marked_dimensions_stay_dynamic(compiled):
 
 
 def test_the_reference_compiles_too():
-    """Its loop is unrolled, so that only the batch is dynamic."""
+    """Its loop is unrolled, so that only the batch is dynamic, and no length may depend on data."""
     _, ours = pair(3, 5, 2, bidirectional=True, batch_first=True)
     with rnnfast.backend("reference"):
         graph = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
         for B in (2, 3, 7):
             x = torch.randn(B, 4, 3)
             same(train(graph, ours, x), train(ours, ours, x), 8)
-    assert graphs() == 1
+        assert graphs() == 1
+        with pytest.raises(Exception, match="data-dependent"):
+            graph(pack_sequence([torch.randn(n, 3) for n in (4, 2)]))
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
@@ -108,16 +116,46 @@ def test_packed_state_of_the_wrong_size_is_an_error_when_compiled(compiled):
         graph(packed, torch.randn(1, 3, 5))
 
 
-def test_packing_inside_breaks_the_graph_only_there(compiled):
-    """pack_padded_sequence is what Dynamo skips; around it the model is compiled."""
-    _, ours = pair(3, 5, batch_first=True)
-
+def packing(rnn):
     def call(x, lengths):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return ours(packed)[0].data
+        return rnn(packed)[0].data
 
-    x, lengths = torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
-    assert_same(torch.compile(call, backend="aot_eager")(x, lengths), call(x, lengths), 6, 8)
+    return call, torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
+
+
+def test_packing_inside_breaks_the_graph_only_there(compiled):
+    """pack_padded_sequence is what Dynamo skips; nn.RNN is left out of the graphs, ours is not."""
+    captured = []
+
+    def keep(graph, _):
+        captured.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    theirs, ours = pair(3, 5, batch_first=True)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        call, x, lengths = packing(theirs)
+        expected = torch.compile(call, backend=keep)(x, lengths)
+        assert not any("rnn" in name for graph in captured for name in graph)
+    torch._dynamo.reset()
+    counters.clear()
+    captured.clear()
+    call, *_ = packing(ours)
+    assert_same(torch.compile(call, backend=keep)(x, lengths), expected, 6, 8)
+    assert ["rnnfast.rnn_layer.default" in graph for graph in captured] == [True]
+    (reason,) = counters["graph_break"]
+    assert "pack_padded_sequence" in reason
+    assert counters["graph_break"][reason] == 1
+
+
+@pytest.mark.parametrize("rnn", [nn.RNN, rnnfast.RNN])
+def test_packing_inside_is_refused_of_nn_rnn_and_of_ours_alike(compiled, rnn):
+    call, x, lengths = packing(rnn(3, 5, batch_first=True))
+    with (
+        torch._dynamo.config.patch(allow_rnn=True),
+        pytest.raises(torch._dynamo.exc.Unsupported, match=r"skipped(?s:.*)`pack_padded_sequence`"),
+    ):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(x, lengths)
 
 
 class Model(nn.Module):
@@ -141,6 +179,23 @@ def test_inductor_gives_what_eager_gives(compiled):
         x = torch.randn(B, T, 3)
         same(train(graph, model, x), train(model, model, x), 2 * T)
     assert graphs() == 1
+
+
+def test_graphs_hold_the_two_ops_and_no_copies(compiled):
+    targets = set()
+
+    def keep(graph, _):
+        targets.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    ours = rnnfast.RNN(3, 5)
+    graph = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    graph(torch.randn(4, 2, 3))[0].sum().backward()
+    assert {"rnnfast.rnn_layer.default", "rnnfast.rnn_layer_backward.default"} < targets
+    others = {name for name in targets if not name.startswith("rnnfast")} - {str(getitem)}
+    assert others <= {
+        f"aten.{view}" for view in ("detach.default", "squeeze.dim", "unsqueeze.default")
+    }
 
 
 def test_autocast_and_cell_in_a_graph(compiled):
@@ -203,13 +258,19 @@ def test_export_with_dynamic_shapes(compiled, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_export_of_the_reference():
+def test_export_of_the_reference(tmp_path):
     model = Model().eval()
     with rnnfast.backend("reference"):
         batch = ({0: torch.export.Dim("B")},)
         program = torch.export.export(model, (torch.randn(2, 4, 3),), dynamic_shapes=batch)
     x = torch.randn(7, 4, 3)
     same(program.module()(x), model(x), 8)
+    with torch.no_grad():
+        file = str(tmp_path / "model.pt2")
+        run = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
+        )
+        same(run(x), model(x), 8)
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")

@@ -58,6 +58,11 @@ def train(model, x):
     return history + [whole(p) for p in model.parameters()]
 
 
+def shard(model):
+    for module in (model.rnn, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+
+
 def worker(rank, backend, folder):
     torch.set_num_threads(1)
     if backend == "cuda":  # a process of its own
@@ -74,14 +79,22 @@ def worker(rank, backend, folder):
         data_parallel = train(DistributedDataParallel(model), share)
 
         model, _ = make()
-        fully_shard(model.rnn, mesh=init_device_mesh("cpu", (WORLD,)))
-        fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+        shard(model)
         sharded = train(model, share)
 
         model, _ = make(nn.RNN)
         rnnfast.swap(model)
         swapped = train(DistributedDataParallel(model), share)
-    for results in (data_parallel, sharded, swapped):
+
+        model, _ = make(nn.RNN)
+        rnnfast.swap(model)
+        shard(model)
+        swapped_and_sharded = train(model, share)
+
+        model, _ = make(nn.RNN)  # the other way round, it is said
+        shard(model)
+        assert "subclass" in rnnfast.swap(model).unchanged["rnn"]
+    for results in (data_parallel, sharded, swapped, swapped_and_sharded):
         for actual, wanted in zip(results, expected, strict=True):
             assert_same(actual, wanted, 2 * 5 * STEPS, 16 + 30)
     Path(folder, f"passed {rank}").touch()

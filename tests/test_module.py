@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +388,16 @@ def test_packed_output_is_a_packed_sequence_of_the_same_order(backend):
     assert torch.equal(out.batch_sizes, packed.batch_sizes)
     assert torch.equal(out.sorted_indices, packed.sorted_indices)
     assert torch.equal(out.unsorted_indices, packed.unsorted_indices)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize(
+    "module", [rnnfast.RNN(3, 5), rnnfast.RNNCell(3, 5)], ids=["RNN", "RNNCell"]
+)
+def test_torchscript_is_refused_when_compiled_not_later(module):
+    with pytest.raises((ValueError, torch.jit.frontend.NotSupportedError)):
+        torch.jit.script(module)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert Path(rnnfast.__file__).with_name("py.typed").exists()

@@ -249,6 +249,16 @@ def test_backward_computes_only_what_is_asked_for(compiled):
         assert tuple(g is not None for g in grads) == mask
 
 
+def test_backward_keeps_inputs_weights_and_outputs_alone(compiled):
+    """Nothing of a step but its state."""
+    ours, x = rnnfast.RNN(3, 5), torch.randn(7, 2, 3, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out, _ = ours(x)
+    w_ih, w_hh = ours.weight_ih_l0, ours.weight_hh_l0
+    assert sorted(kept) == sorted(t.shape for t in (x, w_ih, w_hh, out))
+
+
 def test_gradients_accumulate(backend):
     ours = rnnfast.RNN(3, 5, dtype=f64)
     x = torch.randn(4, 2, 3, dtype=f64)

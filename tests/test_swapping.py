@@ -79,6 +79,8 @@ def test_a_model_that_is_an_rnn_itself(backend):
     expected = model(x)[0]
     assert rnnfast.swap(model).changed == [""]
     assert type(model) is rnnfast.RNN
+    assert isinstance(model, nn.RNNBase)
+    assert not isinstance(model, nn.RNN)
     assert_same(model(x)[0], expected, 4, 8)
 
 
@@ -101,6 +103,18 @@ def test_hooks_and_modes_stay(backend):
     rnn(torch.randn(4, 2, 3, requires_grad=True))[0].sum().backward()
     model.load_state_dict(model.state_dict())
     assert seen == ["pre", "forward", "backward", "state_dict", "load"]
+
+
+def test_tied_weights_stay_tied(backend):
+    model = nn.ModuleDict(dict(a=nn.RNN(5, 5), b=nn.RNN(5, 5)))
+    model["b"].weight_hh_l0 = model["a"].weight_hh_l0
+    twin = copy.deepcopy(model)
+    assert rnnfast.swap(model).changed == ["a", "b"]
+    x = torch.randn(4, 2, 5)
+    for m in (model, twin):
+        m["b"](m["a"](x)[0])[0].square().sum().backward()
+    assert model["b"].weight_hh_l0 is model["a"].weight_hh_l0
+    assert_same(model["a"].weight_hh_l0.grad, twin["a"].weight_hh_l0.grad, 8, 8 + 16)
 
 
 class Halved(nn.Module):

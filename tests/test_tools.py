@@ -116,7 +116,9 @@ def test_profiler_shows_the_op_with_its_shapes(compiled):
     forward = events["rnnfast::rnn_layer"]
     assert forward.count == 1
     assert forward.input_shapes[:6] == [[4, 2, 3], [], [5, 3], [5, 5], [5], [5]]
-    assert events["rnnfast::rnn_layer_backward"].count == 1
+    backward = events["rnnfast::rnn_layer_backward"]
+    assert backward.count == 1
+    assert backward.input_shapes[:6] == [[4, 2, 5], [2, 5], [4, 2, 3], [], [5, 3], [5, 5]]
     assert "RnnLayerBackward" in events
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
@@ -97,6 +98,30 @@ def test_vmap_over_inputs(backend, kind, state):
         actual = vmap(lambda hx: call(ours, kind, x[0], hx))(hx)
         expected = stacked([call(ours, kind, x[0], hx[n]) for n in range(N)])
     same(actual, expected)
+
+
+class Batches(TorchDispatchMode):
+    """The batch sizes of the calls of the op."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.rnnfast.rnn_layer.default:
+            self.seen.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_vmap_is_one_call_of_a_larger_batch_and_an_ensemble_one_call_per_member(compiled):
+    ours, x, _ = make("dense", num_layers=1, bidirectional=False)
+    with Batches() as batches:
+        vmap(lambda x: ours(x))(x)
+    assert batches.seen == [N * B]
+    models, parameters = ensemble("dense", num_layers=1, bidirectional=False)
+    with Batches() as batches:
+        vmap(lambda p, x: call(models[0], "dense", x, None, p))(parameters, x)
+    assert batches.seen == [B] * N
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])

@@ -102,7 +102,8 @@ struct ByTensorCores {
   }
 
   __device__ void multiply(const State* state, float* sums, int sums_stride) const {
-    constexpr int kChains = 2 * kPlanes;  // independent, to hide the latency of one
+    // Independent sums, to hide the latency of one; with one tile of units also of the steps' parity.
+    constexpr int kParities = UNIT_TILES == 1 ? 2 : 1, kChains = kParities * kPlanes;
     float c[UNIT_TILES][kChains][4] = {};
     const State* row = state + group * kStateStride + split * kSplitTerms + quad * kPerLoad;
     RNNFAST_UNROLL
@@ -113,8 +114,8 @@ struct ByTensorCores {
                                                         pair * 4 * kPerLoad);
         RNNFAST_UNROLL
         for (int tile = 0; tile < UNIT_TILES; ++tile) {
-          mma(Number{}, c[tile][plane * 2], a[tile][pair * 2], b.x, b.y);
-          mma(Number{}, c[tile][plane * 2 + 1], a[tile][pair * 2 + 1], b.z, b.w);
+          mma(Number{}, c[tile][plane * kParities], a[tile][pair * 2], b.x, b.y);
+          mma(Number{}, c[tile][(plane + 1) * kParities - 1], a[tile][pair * 2 + 1], b.z, b.w);
         }
       }
     }
@@ -122,8 +123,9 @@ struct ByTensorCores {
     for (int tile = 0; tile < UNIT_TILES; ++tile) {
       RNNFAST_UNROLL
       for (int r = 0; r < 4; ++r) {
-        float sum = c[tile][kChains - 2][r] + c[tile][kChains - 1][r];  // the small ones first
-        if (kPlanes == 2) sum += c[tile][0][r] + c[tile][1][r];
+        float sum = 0;
+        RNNFAST_UNROLL
+        for (int chain = kChains - 1; chain >= 0; --chain) sum += c[tile][chain][r];  // low first
         const int unit = (warp * UNIT_TILES + tile) * 16 + group + (r >> 1) * 8;
         const int at = split * kTileRows + quad * 2 + (r & 1);
         sums[at * sums_stride + unit] = sum;

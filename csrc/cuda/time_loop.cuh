@@ -97,7 +97,7 @@ struct SharedLayout {
 // -------------------------------------------------------------------------------------- kernel
 
 template <class Product, bool FAR, bool BACKWARD>
-__global__ void __launch_bounds__(Product::kThreads) time_loop(Layer p, Grid grid) {
+__global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid grid) {
   using Number = typename Product::Number;
   using Acc = typename Product::Acc;
   using State = typename Product::State;
@@ -270,12 +270,6 @@ __global__ void __launch_bounds__(Product::kThreads) time_loop(Layer p, Grid gri
     for (int64_t s = 0; s < steps; ++s) {
       const Visit next = visit(p, s + 1 < steps ? s + 1 : s, steps);
       for (int tile = 0; tile < tiles; ++tile) {
-        Operands operands[kItems];
-        RNNFAST_UNROLL
-        for (int j = 0; j < kItems; ++j) operands[j] = ahead[j];
-        const bool more = tile + 1 < tiles;
-        fetch(more ? now : next, more ? tile + 1 : 0, ahead);
-
         // The first step of all has no state before it, and a tile may have no row in this step.
         const int64_t tile_row = row0 + tile * kTileRows;
         const bool any = (s > 0 || (!BACKWARD && p.hx)) &&
@@ -294,7 +288,7 @@ __global__ void __launch_bounds__(Product::kThreads) time_loop(Layer p, Grid gri
               if (b >= live_before && p.grad_h_n) {  // its first visit
                 c += widen(static_cast<const Number*>(p.grad_h_n)[at_b]);
               }
-              dz = (operands[j].g + c) * slope(operands[j].h, p.relu);
+              dz = (ahead[j].g + c) * slope(ahead[j].h, p.relu);
               narrow(dz, static_cast<Number*>(p.dz) + at);
             } else if (b < live_before && p.grad_hx) {  // its last visit was the one before
               narrow(sum, static_cast<Number*>(p.grad_hx) + at_b);
@@ -304,12 +298,14 @@ __global__ void __launch_bounds__(Product::kThreads) time_loop(Layer p, Grid gri
             // A row that has ended, or has not begun, keeps its state.
             Acc& h = own[(tile * kTileRows + row) * kUnits + unit];
             if (b < now.live) {
-              h = activate(operands[j].z + sum, p.relu);
+              h = activate(ahead[j].z + sum, p.relu);
               narrow(h, static_cast<Number*>(p.out) + at);
             }
             publish(copy ^ 1, tile, row, unit0 + unit, h);
           }
         });
+        // Under way while the blocks meet, and during the next product.
+        tile + 1 < tiles ? fetch(now, tile + 1, ahead) : fetch(next, 0, ahead);
       }
       meet();
       copy ^= 1;

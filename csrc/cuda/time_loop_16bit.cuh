@@ -12,7 +12,7 @@ inline const Variant k16BitVariants[] = {
     variant<ByTensorCores<Number, 2, 1, 1, 2>>("block 32"),
     variant<ByTensorCores<Number, 4, 1, 1, 4>>("block 64"),
     variant<ByTensorCores<Number, 8, 1, 1, 8>>("block 128"),
-    variant<ByTensorCores<Number, 8, 2, 2, 8>>("block 256"),
+    variant<ByTensorCores<Number, 16, 1, 1, 16>>("block 256"),
     variant<ByTensorCores<Number, 4, 1, 2, 16>>("cluster 512"),
     variant<ByTensorCores<Number, 4, 1, 4, 16>>("cluster 1024"),
     variant<ByTensorCores<Number, 4, 1, 2, 16>, true>("grid 512"),

@@ -7,7 +7,7 @@ namespace rnnfast::cuda {
 static const Variant kVariants[] = {
     variant<ByTensorCores<tf32, 4, 1, 1, 8>>("block 64"),
     variant<ByTensorCores<tf32, 8, 1, 2, 8>>("block 128"),
-    variant<ByTensorCores<tf32, 6, 2, 2, 12>>("block 192"),
+    variant<ByTensorCores<tf32, 12, 1, 1, 24>>("block 192"),
     variant<ByTensorCores<tf32, 4, 1, 4, 16>>("cluster 512"),
     variant<ByTensorCores<tf32, 4, 1, 4, 16>, true>("grid 512"),
     variant<ByTensorCores<tf32, 2, 1, 8, 16>, true>("grid 1024"),
