@@ -98,26 +98,15 @@ __device__ inline void cluster_barrier() {
 #endif
 }
 
-// Stores to the same place of the shared memory of another block of the cluster.
-template <class T>
-__device__ inline void store_to_rank(T* own, int rank, T value) {
+// Stores 16 bytes to the same place of the shared memory of another block of the cluster.
+__device__ inline void store_to_rank(uint4* own, int rank, uint4 value) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = uint32_t(__cvta_generic_to_shared(own));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  if constexpr (sizeof(T) == 2) {
-    uint16_t bits;
-    memcpy(&bits, &value, 2);
-    asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(there), "h"(bits) : "memory");
-  } else if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(bits) : "memory");
-  } else {
-    uint64_t bits;
-    memcpy(&bits, &value, 8);
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(bits) : "memory");
-  }
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 #endif
 }
 

@@ -6,9 +6,9 @@
 //
 // Where the operands live. A block's slice of W_hh is in registers, for all steps. The state of the
 // group's rows (forward h, backward dz), complete, is in every block's shared memory, twice: one copy
-// is read while the next is written. With one block it is written there directly; in a cluster every
-// block writes its units to all of them (distributed shared memory); in a grid (FAR) it is written to
-// global memory, and each tile is fetched from there before its product. What a step needs from
+// is read while the next is written. With one block that is all; in a cluster every block sends its
+// units to all others (distributed shared memory); in a grid (FAR) they are written to global memory,
+// and each tile is fetched from there before its product. What a step needs from
 // global memory besides (x, or h and its gradient) is loaded one tile ahead.
 //
 // What synchronises. Within a step, a tile's product and the use of its sums are separated by
@@ -141,13 +141,22 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
     for (int plane = 0; plane < Product::kPlanes; ++plane) {
       const size_t at = (copy * tiles + tile) * Layout::kStateTile +
                         (plane * kTileRows + row) * Product::kStateStride + unit;
-      if constexpr (FAR) {
-        far_state[at] = planes[plane];
-      } else if (grid.blocks > 1) {
-        for (int r = 0; r < grid.blocks; ++r) store_to_rank(state + at, r, planes[plane]);
-      } else {
-        state[at] = planes[plane];
-      }
+      (FAR ? far_state : state)[at] = planes[plane];
+    }
+  };
+  // In a cluster a tile is written to the block's own shared memory, and from there, 16 bytes a
+  // store, to that of the others.
+  const auto send = [&](int copy, int tile) {
+    if (FAR || grid.blocks == 1) return;
+    constexpr int kRowVectors = kUnits * sizeof(State) / 16;
+    constexpr int kVectors = Product::kPlanes * kTileRows * kRowVectors;
+    State* from = state + (copy * tiles + tile) * Layout::kStateTile + unit0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < kVectors * (grid.blocks - 1); i += Product::kThreads) {
+      const int row = i % kVectors / kRowVectors, vector = i % kRowVectors;
+      const int other = (rank + 1 + i / kVectors) % grid.blocks;
+      uint4* at = reinterpret_cast<uint4*>(from + row * Product::kStateStride) + vector;
+      store_to_rank(at, other, *at);
     }
   };
 
@@ -258,6 +267,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
           own[(tile * kTileRows + row) * kUnits + unit] = h;
           publish(0, tile, row, unit0 + unit, h);
         });
+        send(0, tile);
       }
       meet();
     }
@@ -304,6 +314,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
             publish(copy ^ 1, tile, row, unit0 + unit, h);
           }
         });
+        send(copy ^ 1, tile);
         // Under way while the blocks meet, and during the next product.
         tile + 1 < tiles ? fetch(now, tile + 1, ahead) : fetch(next, 0, ahead);
       }

@@ -15,7 +15,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define RNNFAST_UNROLL
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
@@ -99,9 +99,8 @@ void mma(Number number, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 inline unsigned char* dynamic_shared() { return emulation::shared_memory(); }
 inline void cluster_barrier() { emulation::cluster_barrier(); }
 
-template <class T>
-void store_to_rank(T* own, int rank, T value) {
-  *static_cast<T*>(emulation::of_rank(own, rank, sizeof(T))) = value;
+inline void store_to_rank(uint4* own, int rank, uint4 value) {
+  *static_cast<uint4*>(emulation::of_rank(own, rank, sizeof value)) = value;
 }
 
 inline uint4 load_shared_by_grid(const uint4* from) { return *from; }
