@@ -1,16 +1,21 @@
-"""Everything that needs a GPU, in one command: build, tests, the sine task, times against cuDNN.
+"""Everything that needs a GPU, in one command: build, tests, sanitizers, times against cuDNN.
 
     python tools/gpu_check.py FOLDER            on a machine with an NVIDIA GPU; within 8 minutes
-    python tools/gpu_check.py FOLDER --dry-run  every step on the CPU, kernels interpreted, tiny
+    python tools/gpu_check.py FOLDER --dry-run  every step on the CPU, kernels interpreted or
+                                                emulated, tiny sizes; about two minutes
 
-FOLDER receives ``results.json`` (machine, versions, commit, one row per shape, dtype, contender and
-figure), ``grid.png``, ``sine.png`` and a log of each step; a short table is printed last. Each step
-has its own time limit, and what it cuts off is reported as cut off. The exit status is 0 only if
-every step passed. No network is needed.
+Both of our GPU backends are checked: the kernels in CUDA C++, which the build needs nvcc for (else
+it says so, fails, and the rest goes on with Triton's alone), and Triton's. compute-sanitizer, where
+it is found, watches every variant of the CUDA kernels. The grid (gpu_timing.py) times one layer,
+tanh: inference and a training step, dense and packed, float32 with TF32 forbidden and allowed for
+both sides, and bfloat16; then flashrnn and JAX where they are installed, and one step beside bare
+barriers (barriers.cu).
 
-The grid times one layer, tanh: inference and a training step, dense and packed, by CUDA events, the
-contenders taking turns; and the host's time for one call of the sine task's size. float32 is timed
-with TF32 forbidden and allowed for both sides.
+FOLDER receives ``results.json`` (machine, versions, commit, steps, one row per cell and contender),
+``grid.png``, ``sine_*.png`` and a log of each step; short tables are printed last (gpu_report.py),
+with the rows that GPU_WINS of rnnfast/backends.py could get. Each step has its own time limit, and
+what it cuts off is reported as cut off; a step that cannot be taken is skipped by name. The exit
+status is 0 only if every step that was not skipped passed. No network is needed.
 """
 
 from __future__ import annotations
@@ -18,49 +23,27 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_report
+import gpu_timing
+
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 460
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One layer's call: sequences, steps, features, units."""
-
-    B: int
-    T: int
-    I: int
-    H: int
-    packed: bool
-
-
-# The sine task first; then the corners of H 16..256, B 1..512, T 10..1000.
-GRID = [
-    (190, 10, 1, 16), (64, 100, 64, 64), (1, 1000, 16, 16), (64, 100, 128, 128), (1, 100, 64, 256),
-    (512, 100, 64, 64), (64, 100, 256, 256), (512, 10, 16, 16), (64, 1000, 64, 64),
-    (512, 100, 128, 128), (1, 1000, 128, 128), (32, 100, 192, 192), (512, 10, 256, 256),
-    (16, 1000, 32, 32),
-]  # fmt: skip
-DRY_GRID = [(3, 2, 1, 16), (2, 2, 20, 20)]
 # With TF32 a program owns 16 rows instead of one, and the interpreter has a tenth of the work.
 INTERPRETED_SINE = (
     "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32';"
     "from rnnfast.sine import main; main(['--epochs', '1'])"
 )
-PRECISIONS = ("float32 ieee", "float32 tf32", "bfloat16")
+GPU_TESTS = ("tests/test_cuda.py", "tests/test_gpu_kernels.py", "tests/test_triton.py")
 
 
 @dataclass
@@ -70,20 +53,25 @@ class Step:
     name: str
     command: list[str]
     seconds: int
-    variables: dict[str, str]
-    outcome: str = "not run"
+    variables: dict[str, str] = field(default_factory=dict)
+    skip: str | None = None  # why it cannot be taken
+    outcome: str = "not reached"
     took: float = 0.0
 
     def run(self, folder: Path, limit: float) -> None:
         """Run it within its limit and what is left of the whole, its output to a log."""
+        if self.skip is not None:
+            self.outcome = f"skipped: {self.skip}"
+            print(f"--- {self.name}: {self.outcome}", flush=True)
+            return
         begin = time.monotonic()
         log = folder / f"{self.name.replace(' ', '_')}.log"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path} | self.variables
+        always = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "RNNFAST_REQUIRE_EXT": "1"}
         with log.open("w") as file:
             process = subprocess.Popen(
-                self.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                self.command, cwd=ROOT, env=os.environ | always | self.variables, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
                 code = process.wait(min(self.seconds, limit))
@@ -99,206 +87,182 @@ class Step:
             print(f"    {line[:160]}", flush=True)
 
 
-def steps(folder: Path, dry_run: bool) -> list[Step]:
-    """What is to be done, in order."""
+def build_step(dry_run: bool) -> Step:
+    """Build the extension in place, for this machine's GPU alone: a third of the time of all."""
+    variables = {}
+    if not dry_run:
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        variables["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}{'a' if major == 9 else ''}"
+    return Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 200, variables)
+
+
+def why_no_cuda_kernels() -> str | None:
+    """Why the build left the CUDA kernels out; None if it has them."""
+    try:
+        record = json.loads((ROOT / "rnnfast" / "_build.json").read_text())
+    except (OSError, ValueError):
+        return "there is no build"
+    return None if record.get("cuda") else f"{record.get('why_not_cuda', 'no reason recorded')}"
+
+
+def dry_steps(folder: Path) -> list[Step]:
+    """Every step's rehearsal, on the CPU."""
     python = sys.executable
-    forced = {"RNNFAST_BACKEND": "triton", "PYTHONUNBUFFERED": "1", "RNNFAST_REQUIRE_EXT": "1"}
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    me = [python, str(Path(__file__).resolve()), str(folder)]
-    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 150,
-                 {"RNNFAST_REQUIRE_EXT": "1"})  # fmt: skip
-    if dry_run:
-        forced |= {"TRITON_INTERPRET": "1"}
-        plain = {k: v for k, v in forced.items() if k != "RNNFAST_BACKEND"}
-        return [
-            build,
-            Step("kernel tests", [*pytest, "tests/test_triton.py", "-k", "every"], 120, plain),
-            Step("contract tests", [*pytest, "tests", "-k", "triton and outputs_have"], 120, plain),
-            Step("sine", [python, "-c", INTERPRETED_SINE], 120, forced),
-            Step("grid", [*me, "--grid", "--dry-run"], 120, plain),
-        ]  # fmt: skip
-    workers = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
-    plain = {k: v for k, v in forced.items() if k != "RNNFAST_BACKEND"}
+    me = [python, str(Path(__file__).resolve()), str(folder), "--dry-run", "--step"]
+    interpreted, emulated = {"TRITON_INTERPRET": "1"}, {"RNNFAST_EMULATE_CUDA": "1"}
+    both = interpreted | emulated
+    few = "not triton and (deterministic or infinity or block_of_lengths)"
     return [
-        build,
-        Step("kernel tests", [*pytest, *workers, "-m", "gpu", "tests/test_triton.py"], 110, plain),
-        Step("sine", [python, "-m", "rnnfast.sine", "--device", "cuda", "--plot",
-                      str(folder / "sine.png")], 45, forced),
-        Step("grid", [*me, "--grid"], 150, plain),
-        # Last, since they compile the most kernels and may be cut off.
-        Step("contract tests", [*pytest, *workers, "-m", "gpu", "tests", "--ignore",
-                                "tests/test_triton.py"], 150, plain),
+        # The first of them also compiles the emulated kernels, where that was not done before.
+        Step("cuda tests", [*pytest, "tests/test_gpu_kernels.py", "-k", few], 200, emulated),
+        Step("every variant", [*me, "variants"], 60, emulated),
+        Step("step latency", [*me, "latency"], 60, emulated),
+        Step("grid", [*me, "grid"], 120, both),
+        Step("triton tests", [*pytest, "tests/test_triton.py", "-k", "every"], 120, interpreted),
+        Step("sine triton", [python, "-c", INTERPRETED_SINE], 120,
+             interpreted | {"RNNFAST_BACKEND": "triton"}),
+        rivals_step([*me, "rivals"], both),
+        Step("contract tests", [*pytest, "tests", "-k", "(triton or cuda) and outputs_have"], 120,
+             both),
     ]  # fmt: skip
+
+
+def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
+    """What is to be done on a GPU once the extension is built, in order of importance."""
+    python = sys.executable
+    workers = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "-m", "gpu"]
+    me = [python, str(Path(__file__).resolve()), str(folder), "--step"]
+    rest = [word for file in GPU_TESTS for word in ("--ignore", file)]
+    without = ["-k", "not cuda"] if no_cuda else []
+
+    def sine(backend: str, skip: str | None) -> Step:
+        plot = str(folder / f"sine_{backend}.png")
+        command = [python, "-m", "rnnfast.sine", "--device", "cuda", "--plot", plot]
+        return Step(f"sine {backend}", command, 30, {"RNNFAST_BACKEND": backend}, skip)
+
+    return [
+        Step("cuda tests", [*pytest, *GPU_TESTS[:2], "-k", "not triton"], 60, skip=no_cuda),
+        Step("triton tests", [*pytest, *GPU_TESTS[1:], "-k", "triton"], 80),
+        Step("every variant", [*me, "variants"], 30, skip=no_cuda),
+        sanitizer_step("memcheck", [*me, "variants"], no_cuda),
+        Step("step latency", [*me, "latency"], 30, skip=no_cuda),
+        Step("grid", [*me, "grid"] + ["--without-cuda"] * bool(no_cuda), 160),
+        sanitizer_step("racecheck", [*me, "variants"], no_cuda),
+        sanitizer_step("synccheck", [*me, "variants"], no_cuda),
+        sine("cuda", no_cuda),
+        sine("triton", None),
+        # Last, since they compile the most and may be cut off.
+        rivals_step([*me, "rivals"] + ["--without-cuda"] * bool(no_cuda), {}),
+        Step("contract tests", [*pytest, "tests", *rest, *without], 150),
+    ]
+
+
+def sanitizer_step(tool: str, command: list[str], no_cuda: str | None) -> Step:
+    """One of compute-sanitizer's tools on every variant; ATen's own kernels are not watched."""
+    name = "compute-sanitizer"
+    usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
+    found = shutil.which(name) or (str(usual) if usual.exists() else None)
+    skip = no_cuda or (None if found else f"there is no {name}")
+    watch = [found or name, "--tool", tool, "--error-exitcode", "1", "--kernel-name",
+             "kns=time_loop"]  # fmt: skip
+    # A tensor that is an allocation of its own has bounds that memcheck knows.
+    return Step(tool, watch + command, 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, skip)
+
+
+def rivals_step(command: list[str], variables: dict[str, str]) -> Step:
+    """Packages to be timed beside ours, if any of them is installed."""
+    skip = None if _has("flashrnn") or _has("jax") else "neither flashrnn nor jax is installed"
+    share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX would take most of the memory
+    return Step("rivals", command, 60, variables | share, skip)
 
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-# -------------------------------------------------------------------------------------- the grid
+# ----------------------------------------------------------------- steps that this file runs itself
 
 
-@contextmanager
-def precision(name: str) -> Iterator[Any]:
-    """The dtype of a precision, with TF32 allowed or forbidden for cuBLAS and cuDNN alike."""
+def cuda_ops(dry_run: bool) -> Any:
+    """The namespace of the CUDA kernels' own ops; for a dry run they are put under CPU tensors."""
     import torch
 
-    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
-    before = matmul.fp32_precision, rnn.fp32_precision
-    matmul.fp32_precision = rnn.fp32_precision = "ieee" if "ieee" in name else "tf32"
-    try:
-        yield getattr(torch, name.split()[0])
-    finally:
-        matmul.fp32_precision, rnn.fp32_precision = before
+    import rnnfast  # noqa: F401  # defines the ops
 
-
-def call_of(
-    shape: Shape, dtype: Any, device: str, module_class: Any, training: bool
-) -> Callable[[], None]:
-    """A function that runs one inference or training step of a layer."""
-    import torch
-    from torch.nn.utils.rnn import pack_sequence
-
-    torch.manual_seed(0)
-    module = module_class(shape.I, shape.H).to(device, dtype)
-    x: Any = torch.randn(shape.T, shape.B, shape.I).to(device, dtype)
-    if shape.packed:
-        lengths = [max(1, round(shape.T * (b + 1) / shape.B)) for b in reversed(range(shape.B))]
-        x = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
-    elif training:
-        x.requires_grad_()
-
-    def infer() -> None:
-        with torch.no_grad():
-            module(x)
-
-    def train() -> None:
-        module.zero_grad()
-        out, _ = module(x)
-        data = out.data if shape.packed else out
-        data.backward(data.detach())
-
-    return train if training else infer
-
-
-def measure(
-    calls: dict[str, Callable[[], None]], cuda: bool, seconds: float
-) -> dict[str, list[float]]:
-    """Microseconds of each contender's call, taking turns."""
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3 if cuda else 1):
-            call()
-    until = time.monotonic() + seconds
-    while (len(next(iter(times.values()))) < 5 and cuda) or time.monotonic() < until:
-        for name, call in calls.items():
-            if cuda:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                begin.record()
-                call()
-                call()
-                end.record()
-                end.synchronize()
-                times[name].append(begin.elapsed_time(end) * 500)
-            else:
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) * 1e6)
-        if not cuda:
-            break
-    return times
-
-
-def host_times(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Microseconds until a call returns to the host, the device's queue being empty."""
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(200):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return times
-
-
-def forced(backend: str, call: Callable[[], None]) -> Callable[[], None]:
-    """The call on one backend."""
-    import rnnfast
-
-    def run() -> None:
-        with rnnfast.backend(backend):
-            call()
-
-    return run
-
-
-def warm(job: tuple[str, Shape, bool]) -> None:
-    """Compile a shape's kernels into Triton's cache on disk, in a process of its own."""
-    import rnnfast
-
-    name, shape, training = job
-    small = Shape(2, 2, shape.I, shape.H, shape.packed)
-    with precision(name) as dtype:
-        forced("triton", call_of(small, dtype, "cuda", rnnfast.RNN, training))()
-
-
-def grid(folder: Path, dry_run: bool, seconds: float) -> None:
-    """Time every shape of the grid that the time allows, and write results.json."""
-    import torch
-    from torch import nn
-
-    import rnnfast
-
-    until = time.monotonic() + seconds
-    device = "cpu" if dry_run else "cuda"
-    shapes = [
-        Shape(*s, packed) for s in (DRY_GRID if dry_run else GRID) for packed in (False, True)
-    ]
+    sys.path.append(str(ROOT / "tests"))
     if not dry_run:
-        jobs = [(p, s, True) for s in shapes for p in PRECISIONS]
-        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
-            pool.map_async(warm, jobs, chunksize=1).wait(seconds / 2)
-    rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for name in PRECISIONS:
-            for figure in ("inference", "training"):
-                if time.monotonic() > until:
-                    continue  # the report counts what is missing
-                with precision(name) as dtype:
-                    make = (shape, dtype, device)
-                    train = figure == "training"
-                    calls = {"nn.RNN": call_of(*make, nn.RNN, train)}
-                    try:
-                        calls["rnnfast triton"] = forced(
-                            "triton", call_of(*make, rnnfast.RNN, train)
-                        )
-                        found = {figure: measure(calls, not dry_run, 0.15)}
-                        if shape.T == 10 and shape.H == 16 and not dry_run:
-                            found[f"host, {figure}"] = host_times(calls)
-                    except RuntimeError as error:  # a shape that the kernel refuses, or a crash
-                        rows.append(asdict(shape) | {"precision": name, "figure": figure,
-                                                     "error": str(error)[:300]})  # fmt: skip
-                        continue
-                for what, times in found.items():
-                    for contender, values in times.items():
-                        rows.append(
-                            asdict(shape)
-                            | {"precision": name, "figure": what, "contender": contender,
-                               "median_us": statistics.median(values), "min_us": min(values),
-                               "max_us": max(values), "repeats": len(values)}
-                        )  # fmt: skip
+        return torch.ops.rnnfast
+    import cuda_emulation
+
+    cuda_emulation.install()
+    return torch.ops.rnnfast_emulated
+
+
+def variants(ops: Any, dry_run: bool) -> bool:
+    """Run every variant of the CUDA kernels on a small layer, forward and backward, for sanitizers.
+
+    Dense, and packed in reverse; numbers are checked too. On a GPU some take more rows than run at
+    once, so that a group walks several tiles of them.
+    """
+    import torch
+    from helpers import check_layer
+    from test_cuda import DTYPES, VARIANTS, hidden_sizes
+
+    import rnnfast
+
+    device = "cpu" if dry_run else "cuda"
+    many = [("f32", "grid 512"), ("bf16", "block 64"), ("bf16", "cluster 512")]
+    with rnnfast.backend("cuda"):
+        for numbers, name in VARIANTS:
+            ops._cuda_use_variant(name)
+            tf32 = numbers == "tf32"
+            with gpu_timing.precision("float32 tf32" if tf32 else "float32 ieee"):
+                H, dtype, eps = hidden_sizes(name)[-1], DTYPES[numbers], 2.0**-10 if tf32 else None
+                check_layer(device, dtype, 3, 5, 3, H, eps=eps)
+                packed = {"lengths": [3, 2, 2, 1, 1], "reverse": True}
+                check_layer(device, dtype, 3, 5, 20, H, eps=eps, **packed)
+                if (numbers, name) in many and not dry_run:
+                    check_layer(device, dtype, 2, 20000, 1, H, eps=eps)
+            print(f"{numbers} {name}", flush=True)
+    if not dry_run:
+        torch.cuda.synchronize()
+    ops._cuda_use_variant("")
+    print(f"{len(VARIANTS)} variants")
+    return True
+
+
+def take(step: str, folder: Path, dry_run: bool, with_cuda: bool) -> bool:
+    """Run one of the steps of this file; return whether it passed."""
+    ops = cuda_ops(dry_run) if with_cuda else None
+    if step == "variants":
+        return variants(ops, dry_run)
+    if step == "latency":
+        return gpu_timing.latency(folder, dry_run, ops)
+    return (gpu_timing.grid if step == "grid" else gpu_timing.rivals)(folder, dry_run, with_cuda)
+
+
+# ---------------------------------------------------------------------------------------- the whole
+
+
+def results_of(folder: Path, dry_run: bool, steps: list[Step]) -> dict[str, Any]:
+    """Everything that was found, and what it was found with."""
+    import torch
+    import triton
+
+    import rnnfast
+
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    triton = importlib.import_module("triton")
-    results = {
+    latency = folder / "latency.json"
+    return {
         "dry_run": dry_run,
         "gpu": None if dry_run else torch.cuda.get_device_name(),
+        "capability": None if dry_run else torch.cuda.get_device_capability(),
         "machine": platform.platform(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -306,92 +270,11 @@ def grid(folder: Path, dry_run: bool, seconds: float) -> None:
         "triton": triton.__version__,
         "rnnfast": rnnfast.__version__,
         "commit": commit,
-        "expected": len(shapes) * len(PRECISIONS) * 2,
-        "rows": rows,
+        "steps": {step.name: step.outcome for step in steps},
+        "latency": json.loads(latency.read_text()) if latency.exists() else None,
+        "rivals": gpu_report.read_rows(folder / "rivals.jsonl"),
+        "rows": gpu_report.read_rows(folder / "grid.jsonl"),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-
-# ------------------------------------------------------------------------------------- the report
-
-
-def ratios(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
-    """How many times as fast as nn.RNN, by shape, precision and figure."""
-    times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        if "error" not in row:
-            key = (*(row[k] for k in ("B", "T", "I", "H", "packed", "precision", "figure")),)
-            times.setdefault(key, {})[row["contender"]] = row["median_us"]
-    return {key: t["nn.RNN"] / t["rnnfast triton"] for key, t in times.items() if len(t) == 2}
-
-
-def report(folder: Path, done: list[Step]) -> None:
-    """Print the short table, and draw the ratios."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=110, highlight=False)
-    try:
-        results = json.loads((folder / "results.json").read_text())
-    except OSError:
-        results = None
-    if results is not None:
-        found = ratios(results["rows"])
-        title = "times as fast as nn.RNN" + (
-            " (dry run: interpreted, means nothing)" * results["dry_run"]
-        )
-        table = Table(
-            "figure", "precision", "shapes", "geomean", "least", "least at B T I H", title=title
-        )
-        for packed in (False, True):
-            for name in PRECISIONS:
-                for figure in ("inference", "training", "host, inference", "host, training"):
-                    part = {k: r for k, r in found.items() if k[4:] == (packed, name, figure)}
-                    if part:
-                        geomean = math.exp(statistics.fmean(map(math.log, part.values())))
-                        worst = min(part, key=lambda k: part[k])
-                        label = f"{figure}, {'packed' if packed else 'dense'}"
-                        table.add_row(label, name, str(len(part)), f"{geomean:.2f}",
-                                      f"{part[worst]:.2f}",
-                                      " ".join(map(str, worst[:4])))  # fmt: skip
-        console.print(table)
-        errors = [row for row in results["rows"] if "error" in row]
-        timed = sum(not key[6].startswith("host") for key in found)
-        console.print(
-            f"{timed} of {results['expected']} cells timed, {len(errors)} refused or failed, on "
-            f"{results['gpu'] or 'the CPU'}, torch {results['torch']}, triton {results['triton']}"
-        )
-        for message in sorted({row["error"] for row in errors})[:5]:
-            console.print(f"  {message}")
-        plot(folder / "grid.png", found)
-    for step in done:
-        console.print(f"{step.name:16} {step.outcome} ({step.took:.0f} s)")
-
-
-def plot(file: Path, found: dict[tuple[Any, ...], float]) -> None:
-    """Bars of the ratios, a panel for each figure and layout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(16, 9), layout="constrained", sharey=True)
-    for ax, (what, packed) in zip(
-        axes.flat,
-        [("inference", False), ("training", False), ("inference", True), ("training", True)],
-        strict=True,
-    ):
-        shapes = sorted({k[:4] for k in found if k[4] == packed and k[6] == what})
-        for i, name in enumerate(PRECISIONS):
-            heights = [found.get((*s, packed, name, what), 0.0) for s in shapes]
-            ax.bar([x + 0.27 * (i - 1) for x in range(len(shapes))], heights, 0.27, label=name)
-        ax.axhline(1, color="black", lw=0.8)
-        ax.set(title=f"{what}, {'packed' if packed else 'dense'}", ylabel="times as fast as nn.RNN")
-        ax.set_xticks(range(len(shapes)), [" ".join(map(str, s)) for s in shapes], rotation=60)
-        ax.set_xlabel("B T I H")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -401,32 +284,44 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="for JSON, plots and logs")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
-    parser.add_argument("--grid", action="store_true", help="the step that times, alone")
+    parser.add_argument("--step", choices=("variants", "latency", "grid", "rivals"),
+                        help="one step alone; variants: for compute-sanitizer")  # fmt: skip
+    parser.add_argument("--without-cuda", action="store_true", help="Triton's kernels alone")
     options = parser.parse_args()
-    folder: Path = options.folder.resolve()
+    folder, dry_run = options.folder.resolve(), options.dry_run
     folder.mkdir(parents=True, exist_ok=True)
-    if options.grid:
-        grid(folder, options.dry_run, 110)
-        return
+    if options.step:
+        sys.exit(not take(options.step, folder, dry_run, not options.without_cuda))
 
-    missing = [
-        m for m in ("torch", "triton", "pytest", "hypothesis", "rich", "matplotlib") if not _has(m)
-    ]
+    needed = ("torch", "triton", "pytest", "hypothesis", "rich", "matplotlib")
+    missing = [m for m in needed if not _has(m)]
     if missing:
         sys.exit(f"gpu_check needs {', '.join(missing)}")
-    if not options.dry_run:
+    if not dry_run:
         import torch
 
         if not torch.cuda.is_available():
             sys.exit("gpu_check: torch sees no GPU; --dry-run rehearses every step on the CPU")
-    (folder / "results.json").unlink(missing_ok=True)
+    for name in ("results.json", "grid.jsonl", "rivals.jsonl", "latency.json"):
+        (folder / name).unlink(missing_ok=True)
     until = time.monotonic() + TOTAL_SECONDS
-    done = steps(folder, options.dry_run)
-    for step in done:
+    build = build_step(dry_run)
+    build.run(folder, TOTAL_SECONDS)
+    no_cuda = None if dry_run else why_no_cuda_kernels()
+    if no_cuda is not None:
+        build.outcome = f"failed: no CUDA kernels ({no_cuda}); going on with Triton's alone"
+        print(f"--- build: {build.outcome}", flush=True)
+    steps = dry_steps(folder) if dry_run else gpu_steps(folder, no_cuda)
+    for step in steps:
         if until - time.monotonic() > 5:
             step.run(folder, until - time.monotonic())
-    report(folder, done)
-    if any(step.outcome != "passed" for step in done):
+    done = [build, *steps]
+    results = results_of(folder, dry_run, done)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    gpu_report.report(results, gpu_timing.grid_cells(dry_run), folder / "grid.png")
+    for step in done:
+        print(f"{step.name:16} {step.outcome} ({step.took:.0f} s)")
+    if any(step.outcome != "passed" and step.skip is None for step in done):
         sys.exit(1)
 
 

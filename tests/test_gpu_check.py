@@ -1,0 +1,140 @@
+"""What tools/gpu_check.py makes of rows put together by hand; times need a GPU."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+@pytest.fixture(scope="module")
+def tools():
+    if not (TOOLS / "gpu_check.py").exists():
+        pytest.skip("needs the source tree")
+    sys.path.insert(0, str(TOOLS))
+    try:
+        import gpu_check
+        import gpu_report
+        import gpu_timing
+    finally:
+        sys.path.remove(str(TOOLS))
+    return gpu_check, gpu_timing, gpu_report
+
+
+def rows_of(cells, times):
+    """A row a cell and contender; times, in us, are numbers or functions of the cell."""
+    return [
+        asdict(c) | {"contender": who, "median_us": time(c) if callable(time) else time}
+        for c in cells
+        for who, time in times.items()
+    ]
+
+
+def test_ratios_compare_with_nn_rnn_in_the_same_cell(tools):
+    _, timing, report = tools
+    cells = timing.cells_of([(2, 4, 3, 16)], False)
+    rows = rows_of(cells[:1], {"nn.RNN": 30.0, "rnnfast cuda": 10.0})
+    rows += rows_of(cells[1:2], {"rnnfast cuda": 10.0})  # no baseline
+    refused = asdict(cells[2]) | {"contender": "rnnfast triton", "refused": "too large"}
+    rows += [*rows_of(cells[2:3], {"nn.RNN": 30.0}), refused]
+    assert report.ratios(rows) == {("rnnfast cuda", cells[0]): 3.0}
+    assert report.geomean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def suggested(tools, cells, **ours):
+    """The rows that are suggested, as the table's own type."""
+    _, _, report = tools
+    times = {"nn.RNN": 10.0} | {f"rnnfast {name}": time for name, time in ours.items()}
+    found = report.ratios(rows_of(cells, times))
+    rows = report.suggestions(found, cells, (9, 0))
+    Win = rnnfast.backends.Win
+    return [eval(row.split(",  #")[0], {"Win": Win, "torch": torch}) for row in rows]
+
+
+def test_a_win_needs_every_cell_of_its_class(tools):
+    _, timing, _ = tools
+    Win = rnnfast.backends.Win
+    sizes = (16, 64, 256, 512, 1024)
+    cells = [*timing.cells_of([(B, 4, 1, H) for B in (1, 8) for H in sizes], False)]
+    everything = [
+        Win("cuda", (9, 0), dtype, sizes, packed=False)
+        for dtype in (torch.float32, torch.bfloat16)
+        for sizes in ((16, 256), (512, 1024))
+    ]
+    assert sorted(map(str, suggested(tools, cells, cuda=5.0))) == sorted(map(str, everything))
+    assert not suggested(tools, cells, cuda=10.1)
+    # One cell lost: a batch, with TF32, in training. It costs float32 that hidden size.
+    lost = replace(cells[0], B=8, H=64, precision="float32 tf32", work="training")
+    rows = suggested(tools, cells, cuda=lambda c: 10.1 if c == lost else 5.0)
+    float32 = [row.hidden_sizes for row in rows if row.dtype == torch.float32]
+    assert sorted(float32) == [(16, 16), (256, 256), (512, 1024)]
+    assert everything[2] in rows
+
+
+def test_what_was_not_measured_wins_nothing(tools):
+    _, timing, report = tools
+    cells = timing.cells_of([(1, 4, 1, 512)], True)
+    rows = rows_of(cells[:-1], {"nn.RNN": 10.0, "rnnfast triton": 1.0})
+    found = report.suggestions(report.ratios(rows), cells, (9, 0))
+    assert len(found) == 1
+    assert "torch.float32" in found[0]  # bfloat16's training is missing
+
+
+def test_the_faster_backend_is_suggested_first(tools):
+    _, timing, _ = tools
+    cells = [c for c in timing.cells_of([(1, 4, 1, 16)], False) if c.dtype == "bfloat16"]
+    assert [row.backend for row in suggested(tools, cells, cuda=5.0, triton=4.0)] == [
+        "triton",
+        "cuda",
+    ]
+
+
+def test_the_grid_has_the_shapes_that_the_bars_speak_of(tools):
+    _, timing, report = tools
+    cells = timing.grid_cells(dry_run=False)
+    assert len(set(cells)) == len(cells)
+    for H in (512, 768, 1024, 2048):
+        for B in (1, 16, 128):
+            for T in (128, 1024):
+                for precision in ("float32 ieee", "float32 tf32", "bfloat16"):
+                    for work in ("inference", "training"):
+                        assert timing.Cell(B, T, H, H, False, precision, work) in cells
+        assert any(c.packed and c.H == H for c in cells)
+    assert all(any(c.H in sizes for sizes in report.CLASSES.values()) for c in cells)
+
+
+def test_rows_survive_a_time_limit(tools, tmp_path):
+    _, _, report = tools
+    file = tmp_path / "grid.jsonl"
+    assert report.read_rows(file) == []
+    file.write_text(json.dumps({"B": 1}) + "\n" + '{"B": 2, "T"')
+    assert report.read_rows(file) == [{"B": 1}]
+
+
+def test_a_step_says_how_it_ended(tools, tmp_path):
+    check, _, _ = tools
+
+    def outcome(code, **kwargs):
+        step = check.Step("step", [sys.executable, "-c", code], 30, **kwargs)
+        step.run(tmp_path, 1.0)
+        return step.outcome
+
+    assert outcome("pass") == "passed"
+    assert outcome("raise SystemExit(3)") == "failed (exit status 3)"
+    assert outcome("import time; time.sleep(60)") == "cut off by its time limit"
+    assert outcome("pass", skip="there is no tool") == "skipped: there is no tool"
+
+
+def test_without_cuda_kernels_their_steps_are_skipped_by_name(tools, tmp_path):
+    check, _, _ = tools
+    steps = check.gpu_steps(tmp_path, "there is no nvcc")
+    skipped = {step.name for step in steps if step.skip == "there is no nvcc"}
+    assert {"cuda tests", "memcheck", "racecheck", "synccheck", "step latency"} <= skipped
+    taken = [step for step in steps if step.skip is None]
+    assert {"triton tests", "grid", "contract tests"} <= {step.name for step in taken}

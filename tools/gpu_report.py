@@ -1,0 +1,220 @@
+"""What gpu_check.py's rows say: ratios, tables, a plot, and the rows that GPU_WINS could get."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gpu_timing import PRECISIONS, WORKS, Cell
+
+BASELINE = "nn.RNN"
+BACKENDS = ("cuda", "triton")
+#: Where cuDNN has a persistent kernel for dense inputs, and where it launches every step.
+CLASSES = {"H <= 256": range(1, 257), "H >= 512": range(512, 1 << 20)}
+Ratios = dict[tuple[str, Cell], float]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line, the last of which may have been cut off."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell that a row is about."""
+    return Cell(*(row[field.name] for field in fields(Cell)))
+
+
+def ratios(rows: list[dict[str, Any]], figure: str = "median_us") -> Ratios:
+    """How many times as fast as nn.RNN, by contender and cell."""
+    times = {(row["contender"], cell_of(row)): row[figure] for row in rows if figure in row}
+    return {
+        (contender, cell): times[BASELINE, cell] / time
+        for (contender, cell), time in times.items()
+        if contender != BASELINE and (BASELINE, cell) in times
+    }
+
+
+def geomean(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def suggestions(found: Ratios, expected: list[Cell], capability: tuple[int, int]) -> list[str]:
+    """Rows for GPU_WINS, the best first.
+
+    A row covers neighbouring hidden sizes of one class at which every expected cell of the dtype
+    and layout was measured, and is at least as fast as nn.RNN: each batch and length, inference and
+    training, float32 with TF32 and without. A row cannot tell these apart.
+    """
+    rows = []
+    dtypes = dict.fromkeys(cell.dtype for cell in expected)
+    for backend, dtype, packed, sizes in itertools.product(
+        BACKENDS, dtypes, (False, True), CLASSES.values()
+    ):
+        by_size: dict[int, list[float]] = {}
+        for cell in expected:
+            if (cell.dtype, cell.packed) == (dtype, packed) and cell.H in sizes:
+                ratio = found.get((f"rnnfast {backend}", cell), 0.0)
+                by_size.setdefault(cell.H, []).append(ratio)
+        won = [(H, min(by_size[H]) >= 1) for H in sorted(by_size)]
+        for wins, run in itertools.groupby(won, lambda size: size[1]):
+            if wins:
+                covered = [H for H, _ in run]
+                values = [r for H in covered for r in by_size[H]]
+                row = f'Win("{backend}", {capability}, torch.{dtype}, '
+                row += f"({covered[0]}, {covered[-1]}), packed={packed}),"
+                row += f"  # least {min(values):.2f}, geomean {geomean(values):.2f}"
+                rows.append((geomean(values), row))
+    return [row for _, row in sorted(rows, reverse=True)]
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def summary(found: Ratios, expected: list[Cell]) -> Any:
+    """A row for each contender, class, layout and precision: geomean and least ratio."""
+    from rich.table import Table
+
+    table = Table("contender", "class", "numbers", title="times as fast as nn.RNN")
+    for work in WORKS:
+        for column in (f"{work}: cells", "geomean", "least", "at B T I H"):
+            table.add_column(column)
+    for contender in dict.fromkeys(contender for contender, _ in found):
+        for (name, sizes), packed, precision in itertools.product(
+            CLASSES.items(), (False, True), PRECISIONS
+        ):
+            columns: list[str] = []
+            for work in WORKS:
+                cells = [
+                    c for c in expected
+                    if (c.packed, c.precision, c.work) == (packed, precision, work)
+                    and c.H in sizes
+                ]  # fmt: skip
+                part = {c: found[contender, c] for c in cells if (contender, c) in found}
+                columns.append(f"{len(part)}/{len(cells)}")
+                if part:
+                    worst = min(part, key=lambda c: part[c])
+                    columns += [f"{geomean(list(part.values())):.2f}", f"{part[worst]:.2f}",
+                                f"{worst.B} {worst.T} {worst.I} {worst.H}"]  # fmt: skip
+                else:
+                    columns += [""] * 3
+            if any(column and "/" not in column for column in columns):
+                label = f"{name} {'packed' if packed else 'dense'}"
+                table.add_row(contender, label, precision, *columns)
+    return table
+
+
+def times(title: str, rows: list[dict[str, Any]], figure: str) -> Any:
+    """Microseconds of every contender, a row for each cell."""
+    from rich.table import Table
+
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    by_cell: dict[Cell, dict[str, str]] = {}
+    for row in rows:
+        other = "refused" if "refused" in row else "failed"
+        said = f"{row[figure]:.0f}" if figure in row else other
+        by_cell.setdefault(cell_of(row), {})[row["contender"]] = said
+    table = Table("B T I H", "layout", "numbers", "work", *contenders, title=title)
+    for c, cells in by_cell.items():
+        layout = "packed" if c.packed else "dense"
+        table.add_row(f"{c.B} {c.T} {c.I} {c.H}", layout, c.precision, c.work,
+                      *(cells.get(name, "") for name in contenders))  # fmt: skip
+    return table
+
+
+def step_latency(latency: dict[str, Any]) -> Any:
+    """A step of the kernels whose blocks meet, beside the bare barrier of as many blocks."""
+    from rich.table import Table
+
+    table = Table("variant", "B", "H", "blocks", "forward ns", "backward ns", "bare barrier ns",
+                  title="one step, bfloat16")  # fmt: skip
+    for row in latency["steps"]:
+        if "refused" in row:
+            table.add_row(row["variant"], *[""] * 3, row["refused"][:40])
+            continue
+        bare = latency["barriers"].get(row["variant"].split()[0], {})
+        enough = [n for n in sorted(map(int, bare)) if n >= row["blocks"]]
+        barrier = f"{bare[str(enough[0])]:.0f} ({enough[0]} blocks)" if enough else "not measured"
+        table.add_row(row["variant"], str(row["B"]), str(row["H"]), str(row["blocks"]),
+                      f"{row['forward_ns']:.0f}", f"{row['backward_ns']:.0f}",
+                      barrier)  # fmt: skip
+    return table
+
+
+def report(results: dict[str, Any], expected: list[Cell], picture: Path) -> None:
+    """Print the short tables, and draw the ratios."""
+    from rich.console import Console
+
+    console = Console(width=150, highlight=False)
+    rows = results["rows"]
+    found = ratios(rows)
+    if results["dry_run"]:
+        console.print("A dry run: the times below, interpreted and emulated, mean nothing.")
+    if found:
+        console.print(summary(found, expected))
+        plot(picture, found)
+    host = [row for row in rows if "host_us" in row and not row["packed"]]
+    if host:
+        console.print(times("until the call returns to the host, us", host, "host_us"))
+    if results["rivals"]:
+        console.print(times("beside other packages, us", results["rivals"], "median_us"))
+    if results["latency"]:
+        console.print(step_latency(results["latency"]))
+        for what in ("skipped", "error"):
+            if what in results["latency"]["barriers"]:
+                console.print(f"bare barriers: {what}: {results['latency']['barriers'][what]}")
+    reached = len({cell_of(row) for row in rows})
+    console.print(f"{reached} of {len(expected)} cells reached, on {results['gpu'] or 'the CPU'}, "
+                  f"torch {results['torch']}, triton {results['triton']}")  # fmt: skip
+    for what in ("refused", "error"):
+        said = {(row["contender"], row[what]): row for row in rows if what in row}
+        for contender, message in sorted(said)[:8]:
+            console.print(f"  {what}: {contender}: {message}", markup=False)
+    wins = [] if results["dry_run"] else suggestions(found, expected, tuple(results["capability"]))
+    if wins:
+        console.print("GPU_WINS in rnnfast/backends.py could get (suggestions, the faster first):")
+        for row in wins:
+            console.print(f"    {row}", markup=False)
+    elif not results["dry_run"]:
+        console.print("GPU_WINS gets no row: no backend is at least as fast on all of a class.")
+
+
+def plot(file: Path, found: Ratios) -> None:
+    """Bars of the ratios, a panel for each work and layout, a bar for each contender and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = list(dict.fromkeys((who, cell.precision) for who, cell in found))
+    figure, axes = plt.subplots(2, 2, figsize=(22, 11), layout="constrained", sharey=True)
+    for ax, (packed, work) in zip(axes.flat, itertools.product((False, True), WORKS), strict=True):
+        shapes = sorted(
+            {(c.H, c.B, c.T, c.I) for _, c in found if (c.packed, c.work) == (packed, work)}
+        )
+        for i, (who, numbers) in enumerate(bars):
+            heights = [
+                found.get((who, Cell(B, T, I, H, packed, numbers, work)), 0.0)
+                for H, B, T, I in shapes
+            ]
+            at = [x + 0.85 * (i / len(bars) - 0.5) for x in range(len(shapes))]
+            ax.bar(at, heights, 0.85 / len(bars), label=f"{who}, {numbers}")
+        ax.axhline(1, color="black", lw=0.8)
+        ax.set(title=f"{work}, {'packed' if packed else 'dense'}", ylabel="times as fast as nn.RNN")
+        ax.set_xticks(range(len(shapes)), [f"{B} {T} {I} {H}" for H, B, T, I in shapes],
+                      rotation=90)  # fmt: skip
+        ax.set_xlabel("B T I H")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,311 @@
+"""What gpu_check.py times, and how: the grid against cuDNN, other packages, one step's latency.
+
+Contenders, inputs and the way of timing are those of benchmarks/: CUDA events, blocks of calls in
+turn, medians; inference, or a training step that leaves all parameters' gradients. Rows are written
+as they come, a JSON object a line, so that a time limit costs only what it cuts off.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PRECISIONS = ("float32 ieee", "float32 tf32", "bfloat16")
+WORKS = ("inference", "training")
+
+# B, T, I, H. The sine task first; then the corners of H 16..256, B 1..512, T 10..1000, where cuDNN
+# runs a persistent kernel on dense inputs.
+SMALL = [
+    (190, 10, 1, 16), (64, 100, 64, 64), (1, 1000, 16, 16), (64, 100, 128, 128), (1, 100, 64, 256),
+    (512, 100, 64, 64), (64, 100, 256, 256), (512, 10, 16, 16), (64, 1000, 64, 64),
+    (512, 100, 128, 128), (1, 1000, 128, 128), (32, 100, 192, 192), (512, 10, 256, 256),
+    (16, 1000, 32, 32),
+]  # fmt: skip
+LARGE = [(B, T, H, H) for H in (512, 768, 1024, 2048) for B in (1, 16, 128) for T in (128, 1024)]
+LARGE_PACKED = [s for s in LARGE if s[:2] in ((16, 128), (16, 1024), (128, 128))]
+DRY = [(3, 4, 1, 16), (2, 4, 20, 20)]  # packed, the shortest has a quarter of the steps
+RIVALS = [(16, 1024, H, H) for H in (512, 64, 256, 768, 128)]  # of FlashRNN's paper
+DRY_RIVALS = [(2, 4, 20, 20)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the grid: a layer's shape, its numbers, and the work that is timed."""
+
+    B: int
+    T: int
+    I: int
+    H: int
+    packed: bool
+    precision: str
+    work: str
+
+    @property
+    def dtype(self) -> str:
+        """Name of the torch dtype."""
+        return self.precision.split()[0]
+
+
+def cells_of(shapes: list[tuple[int, ...]], packed: bool) -> list[Cell]:
+    """A cell for every shape, precision and work."""
+    rest = itertools.product(PRECISIONS, WORKS)
+    return [Cell(*s, packed, *r) for s, r in itertools.product(shapes, list(rest))]
+
+
+def grid_cells(dry_run: bool) -> list[Cell]:
+    """The whole grid, the cheap cells first: the time limit cuts off the end."""
+    if dry_run:
+        return cells_of(DRY, False) + cells_of(DRY, True)
+    cells = cells_of(SMALL + LARGE, False) + cells_of(SMALL + LARGE_PACKED, True)
+    return sorted(cells, key=lambda c: c.B * c.T * c.H * (c.I + c.H))
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """TF32 allowed or forbidden for cuBLAS and cuDNN alike."""
+    import torch
+
+    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    before = matmul.fp32_precision, rnn.fp32_precision
+    matmul.fp32_precision = rnn.fp32_precision = "ieee" if "ieee" in name else "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, rnn.fp32_precision = before
+
+
+# --------------------------------------------------------------------------------------- the grid
+
+
+def problems(cells: list[Cell], device: str) -> Iterator[tuple[Cell, Any]]:
+    """Each cell and its benchmarks.cases.Problem; neighbours of one shape share the random draw."""
+    from benchmarks.cases import Case, Problem
+
+    for _, same in itertools.groupby(cells, lambda c: (c.B, c.T, c.I, c.H, c.packed)):
+        shared = None
+        for cell in same:
+            if shared is None:
+                case = Case(cell.work, cell.B, cell.T, cell.I, cell.H, packed=cell.packed)
+                shared = Problem(case, device)
+            problem = shared.cast(cell.dtype)
+            problem.case = replace(problem.case, work=cell.work)
+            yield cell, problem
+
+
+def time_cell(
+    cell: Cell, problem: Any, contenders: dict[str, Any], write: Callable[[dict[str, Any]], None]
+) -> None:
+    """Time the contenders that can run a cell; why one cannot is written instead of its times."""
+    import torch
+
+    from benchmarks.contenders import Unsupported
+    from benchmarks.measure import interleave
+
+    def said(contender: str, what: str, error: Exception) -> None:
+        message = f"{type(error).__name__}: {error}" if what == "error" else str(error)
+        write(asdict(cell) | {"contender": contender, what: " ".join(message.split())[:300]})
+
+    entries = {}
+    with precision(cell.precision), torch.set_grad_enabled(cell.work == "training"):
+        for name, prepare in contenders.items():
+            ours = name == "nn.RNN" or name.startswith("rnnfast")
+            try:
+                entry = prepare(problem, 1)
+                with entry.around():
+                    entry.finish(entry.call())
+                    if problem.device == "cuda":
+                        torch.cuda.synchronize()
+                entries[name] = entry
+            except Unsupported as why:
+                said(name, "refused", why)
+            except Exception as error:  # recorded, and the step fails; a peer may fail as it likes
+                said(name, "error" if ours else "refused", error)
+        try:
+            found = interleave(entries, seconds=0.03, least=3)
+            found_host = host_times(entries) if problem.device == "cuda" and cell.H == 16 else {}
+        except Exception as error:
+            said(" or ".join(entries), "error", error)
+            return
+    for name, samples in found.items():
+        times = [1e6 * s for s in samples.seconds]
+        row = asdict(cell) | {"contender": name, "median_us": statistics.median(times),
+                              "min_us": min(times), "max_us": max(times),
+                              "repeats": len(times)}  # fmt: skip
+        write(row | ({"host_us": found_host[name]} if name in found_host else {}))
+
+
+def host_times(entries: dict[str, Any]) -> dict[str, float]:
+    """Median microseconds until a call returns to the host, the device's queue being empty."""
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in entries}
+    for _ in range(100):
+        for name, entry in entries.items():
+            with entry.around():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                entry.call()
+                times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_all(file: Path, cells: list[Cell], device: str, contenders: Callable[[Cell], Any]) -> bool:
+    """Time the cells into a file of rows; return whether nothing failed."""
+    failed = []
+    with file.open("w") as rows:
+
+        def write(row: dict[str, Any]) -> None:
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+            if "error" in row:
+                failed.append(row)
+                print(row)
+
+        for n, (cell, problem) in enumerate(problems(cells, device)):
+            if n % 20 == 0:
+                print(f"{n} of {len(cells)}", flush=True)
+            time_cell(cell, problem, contenders(cell), write)
+    print(f"{len(cells)} cells, {len(failed)} failures")
+    return not failed
+
+
+def warm(cell: Cell) -> None:
+    """Compile a cell's Triton kernels into the cache on disk, in a process of its own."""
+    from benchmarks.contenders import Unsupported, forced
+
+    small = replace(cell, B=2, T=4)
+    for _, problem in problems([small], "cuda"):
+        with precision(cell.precision), suppress(Unsupported):
+            forced("triton")(problem, 1).call()
+
+
+def grid(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
+    """Time nn.RNN and our kernels over the grid, to grid.jsonl."""
+    from benchmarks.contenders import forced, nn_rnn
+
+    cells = grid_cells(dry_run)
+    if not dry_run:
+        jobs = {replace(c, B=2, T=4) for c in cells if c.H <= 256 and c.work == "training"}
+        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
+            pool.map_async(warm, jobs, chunksize=1).wait(40)
+    contenders = {"nn.RNN": nn_rnn, "rnnfast triton": forced("triton")}
+    if with_cuda:
+        contenders["rnnfast cuda"] = forced("cuda")
+    device = "cpu" if dry_run else "cuda"
+    return time_all(folder / "grid.jsonl", cells, device, lambda cell: contenders)
+
+
+def rivals(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
+    """Time other packages' fused loops beside ours, to rivals.jsonl. What fails there is theirs."""
+    from benchmarks.contenders import flashrnn_elman, forced, jax_scan, nn_rnn
+
+    contenders = {"nn.RNN": nn_rnn}
+    if with_cuda:
+        contenders["rnnfast cuda"] = forced("cuda")
+    # flashrnn's cuda_fused in its paper's bfloat16; JAX multiplies float32 by TF32 unless told.
+    peer = {"bfloat16": {"flashrnn": flashrnn_elman}, "float32 tf32": {"JAX": jax_scan}}
+    cells = cells_of(DRY_RIVALS if dry_run else RIVALS, False)
+    cells = [c for c in cells if c.precision in peer]
+    device = "cpu" if dry_run else "cuda"
+    return time_all(
+        folder / "rivals.jsonl", cells, device, lambda cell: contenders | peer[cell.precision]
+    )
+
+
+# ------------------------------------------------------------------------------- latency of a step
+
+
+def latency(folder: Path, dry_run: bool, ops: Any) -> bool:
+    """Nanoseconds of one step of the kernels whose blocks meet, and of bare barriers.
+
+    B = 8, bfloat16, the projection within the kernel, the backward's gradients of the initial state
+    alone: nothing but one launch runs, and two lengths T give the time of a step without it.
+    """
+    rows = []
+    for H, kind in itertools.product((512,) if dry_run else (512, 1024), ("cluster", "grid")):
+        name = f"{kind} {H}"
+        ops._cuda_use_variant(name)
+        try:
+            rows.append(step_of(ops, name, H, dry_run))
+        except RuntimeError as error:
+            if "no CUDA kernel runs" not in str(error):
+                raise
+            rows.append({"variant": name, "refused": str(error).splitlines()[0]})  # no clusters
+        finally:
+            ops._cuda_use_variant("")
+    results = {"steps": rows, "barriers": barriers(folder, dry_run)}
+    (folder / "latency.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+    return "error" not in results["barriers"]
+
+
+def step_of(ops: Any, name: str, H: int, dry_run: bool) -> dict[str, Any]:
+    """Time a step of one variant, forward and backward."""
+    import torch
+
+    import rnnfast
+    from benchmarks.measure import Entry, interleave
+
+    device, B, lengths = ("cpu", 2, (1, 3)) if dry_run else ("cuda", 8, (128, 1024))
+    bf16 = torch.bfloat16
+    medians = {}
+    with rnnfast.backend("cuda"), torch.no_grad():
+        for T in lengths:
+            sizes = ((T, B, 8), (B, H), (H, 8), (H, H), (H,), (H,))
+            x, hx, w_ih, w_hh, b_ih, b_hh = (
+                torch.randn(s).mul(H**-0.5).to(device, bf16) for s in sizes
+            )
+            rnn, back = torch.ops.rnnfast.rnn_layer, torch.ops.rnnfast.rnn_layer_backward
+            forward = (x, hx, w_ih, w_hh, b_ih, b_hh, None, "tanh", False)
+            out, _ = rnn(*forward)
+            mask = [False, True, False, False, False]
+            backward = (out, None, x, hx, w_ih, w_hh, out, None, "tanh", False, mask)
+            entries = {
+                "forward": Entry(partial(rnn, *forward), dict, events=not dry_run),
+                "backward": Entry(partial(back, *backward), dict, events=not dry_run),
+            }
+            for what, samples in interleave(entries, seconds=0.1, least=3).items():
+                medians[what, T] = statistics.median(samples.seconds)
+    short, long = lengths
+    row = {"variant": name, "blocks": ops._cuda_plan(0, bf16, B, H, False)[1], "B": B, "H": H}
+    for what in ("forward", "backward"):
+        step = (medians[what, long] - medians[what, short]) / (long - short)
+        row[f"{what}_ns"] = step * 1e9
+    return row
+
+
+def barriers(folder: Path, dry_run: bool) -> dict[str, Any]:
+    """Compile barriers.cu and run it: what bare barriers cost, by the number of blocks."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME else None
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None:
+        return {"skipped": "there is no nvcc"}
+    major, minor = (9, 0) if dry_run else torch.cuda.get_device_capability()
+    target = folder / "barriers"
+    build = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}{'a' if major == 9 else ''}",
+             "-o", str(target), str(ROOT / "tools" / "barriers.cu")]  # fmt: skip
+    try:
+        subprocess.run(build, check=True, capture_output=True, text=True)
+        if dry_run:
+            return {"skipped": "a dry run compiles them only"}
+        run = subprocess.run([str(target)], check=True, capture_output=True, text=True, timeout=20)
+    except (subprocess.SubprocessError, OSError) as error:
+        return {"error": f"{error} {getattr(error, 'stderr', '')}"[:500]}
+    measured: dict[str, Any] = json.loads(run.stdout)
+    return measured
