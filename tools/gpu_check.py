@@ -124,7 +124,7 @@ def dry_steps(folder: Path) -> list[Step]:
         Step("triton tests", [*pytest, "tests/test_triton.py", "-k", "every"], 120, interpreted),
         Step("sine triton", [python, "-c", INTERPRETED_SINE], 120,
              interpreted | {"RNNFAST_BACKEND": "triton"}),
-        rivals_step([*me, "rivals"], both),
+        Step("rivals", [*me, "rivals"], 60, both),  # each refused by name where it is not there
         Step("contract tests", [*pytest, "tests", "-k", "(triton or cuda) and outputs_have"], 120,
              both),
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
         sine("cuda", no_cuda),
         sine("triton", None),
         # Last, since they compile the most and may be cut off.
-        rivals_step([*me, "rivals"] + ["--without-cuda"] * bool(no_cuda), {}),
+        rivals_step([*me, "rivals"] + ["--without-cuda"] * bool(no_cuda)),
         Step("contract tests", [*pytest, "tests", *rest, *without], 150),
     ]
 
@@ -173,11 +173,11 @@ def sanitizer_step(tool: str, command: list[str], no_cuda: str | None) -> Step:
     return Step(tool, watch + command, 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, skip)
 
 
-def rivals_step(command: list[str], variables: dict[str, str]) -> Step:
+def rivals_step(command: list[str]) -> Step:
     """Packages to be timed beside ours, if any of them is installed."""
     skip = None if _has("flashrnn") or _has("jax") else "neither flashrnn nor jax is installed"
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX would take most of the memory
-    return Step("rivals", command, 60, variables | share, skip)
+    return Step("rivals", command, 60, share, skip)
 
 
 def _has(module: str) -> bool:

@@ -86,32 +86,28 @@ def summary(found: Ratios, expected: list[Cell]) -> Any:
     """A row for each contender, class, layout and precision: geomean and least ratio."""
     from rich.table import Table
 
-    table = Table("contender", "class", "numbers", title="times as fast as nn.RNN")
+    table = Table("contender", "class", "numbers", "cells", title="times as fast as nn.RNN")
     for work in WORKS:
-        for column in (f"{work}: cells", "geomean", "least", "at B T I H"):
-            table.add_column(column)
-    for contender in dict.fromkeys(contender for contender, _ in found):
-        for (name, sizes), packed, precision in itertools.product(
-            CLASSES.items(), (False, True), PRECISIONS
-        ):
-            columns: list[str] = []
-            for work in WORKS:
-                cells = [
-                    c for c in expected
-                    if (c.packed, c.precision, c.work) == (packed, precision, work)
-                    and c.H in sizes
-                ]  # fmt: skip
-                part = {c: found[contender, c] for c in cells if (contender, c) in found}
-                columns.append(f"{len(part)}/{len(cells)}")
-                if part:
-                    worst = min(part, key=lambda c: part[c])
-                    columns += [f"{geomean(list(part.values())):.2f}", f"{part[worst]:.2f}",
-                                f"{worst.B} {worst.T} {worst.I} {worst.H}"]  # fmt: skip
-                else:
-                    columns += [""] * 3
-            if any(column and "/" not in column for column in columns):
-                label = f"{name} {'packed' if packed else 'dense'}"
-                table.add_row(contender, label, precision, *columns)
+        table.add_column(f"{work}: geomean")
+        table.add_column("least")
+    table.add_column("least at B T I H")
+    contenders = dict.fromkeys(contender for contender, _ in found)
+    for contender, (name, sizes), packed, precision in itertools.product(
+        contenders, CLASSES.items(), (False, True), PRECISIONS
+    ):
+        cells = [c for c in expected if (c.packed, c.precision) == (packed, precision)]
+        cells = [c for c in cells if c.H in sizes]
+        part = {c: found[contender, c] for c in cells if (contender, c) in found}
+        if not part:
+            continue
+        figures = []
+        for work in WORKS:
+            values = [ratio for c, ratio in part.items() if c.work == work]
+            figures += [f"{geomean(values):.2f}", f"{min(values):.2f}"] if values else ["", ""]
+        worst = min(part, key=lambda c: part[c])
+        table.add_row(contender, f"{name} {'packed' if packed else 'dense'}", precision,
+                      f"{len(part)} of {len(cells)}", *figures,
+                      f"{worst.B} {worst.T} {worst.I} {worst.H} {worst.work}")  # fmt: skip
     return table
 
 
@@ -164,7 +160,7 @@ def report(results: dict[str, Any], expected: list[Cell], picture: Path) -> None
     if found:
         console.print(summary(found, expected))
         plot(picture, found)
-    host = [row for row in rows if "host_us" in row and not row["packed"]]
+    host = [row for row in rows if "host_us" in row]
     if host:
         console.print(times("until the call returns to the host, us", host, "host_us"))
     if results["rivals"]:
@@ -215,6 +211,7 @@ def plot(file: Path, found: Ratios) -> None:
         ax.set_xticks(range(len(shapes)), [f"{B} {T} {I} {H}" for H, B, T, I in shapes],
                       rotation=90)  # fmt: skip
         ax.set_xlabel("B T I H")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper right")
+    handles = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(bars))
     figure.savefig(file, dpi=100)
     plt.close(figure)
