@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   using State = typename Product::State;
   using Layout = SharedLayout<Product, FAR>;
   constexpr int kUnits = Product::kUnits, kTileRows = Product::kTileRows;
+  // Whether one block holds all the units that its terms allow, so that groups are single blocks.
+  constexpr bool kAlone = !FAR && kUnits >= Product::kTerms;
   constexpr int kItems = (kTileRows * kUnits + Product::kThreads - 1) / Product::kThreads;
 
   const int H = p.H, tiles = grid.tiles;
@@ -128,10 +130,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   const auto meet = [&] {
     if constexpr (FAR) {
       grid_barrier(counter, grid.blocks, ++meetings);
-    } else if (grid.blocks > 1) {
-      cluster_barrier();
-    } else {
+    } else if (kAlone || grid.blocks == 1) {
       __syncthreads();
+    } else {
+      cluster_barrier();
     }
   };
   const auto publish = [&](int copy, int tile, int row, int unit, Acc value) {
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   // In a cluster a tile is written to the block's own shared memory, and from there, 16 bytes a
   // store, to that of the others.
   const auto send = [&](int copy, int tile) {
-    if (FAR || grid.blocks == 1) return;
+    if (FAR || kAlone || grid.blocks == 1) return;
     constexpr int kRowVectors = kUnits * sizeof(State) / 16;
     constexpr int kVectors = Product::kPlanes * kTileRows * kRowVectors;
     State* from = state + (copy * tiles + tile) * Layout::kStateTile + unit0;
