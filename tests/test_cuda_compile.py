@@ -14,9 +14,9 @@ import pytest
 KERNELS = Path(__file__).parent.parent / "csrc" / "cuda"
 FILES = sorted(path.stem for path in KERNELS.glob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, and so of a block
-#: Bytes that a thread may spill. In the 16-bit kernels the disassembly shows all of it before the
-#: first product: addresses, while the matrix is loaded. sm_100 spills most, in the backward.
-SPILLED = {"sm_80": 72, "sm_90a": 40, "sm_100": 264}
+#: Bytes that a thread may spill. Most are addresses while the matrix is loaded, before the first
+#: step; the disassembly for sm_90a shows at most nine words, loop invariants, read back in a step.
+SPILLED = {"sm_80": 192, "sm_90a": 168, "sm_100": 264}
 
 if os.environ.get("RNNFAST_REQUIRE_NVCC", "0") in ("", "0"):
     pytest.skip("RNNFAST_REQUIRE_NVCC=1 asks for it", allow_module_level=True)
