@@ -14,9 +14,9 @@ barriers (barriers.cu).
 FOLDER receives ``results.json`` (machine, versions, commit, steps, one row per cell and contender),
 ``grid.png``, ``sine_*.png`` and a log of each step; short tables are printed last (gpu_report.py),
 with the rows that GPU_WINS of rnnfast/backends.py could get. Each step has its own time limit (the
-grid's is kept free for it); what it cuts off is reported as cut off, and a step that cannot be taken
-is skipped by name. The exit status is 0 only if every step that was not skipped passed. No network
-is needed.
+grid's is kept free for it); what it cuts off is reported as cut off, and a step that cannot be
+taken is skipped by name. The exit status is 0 only if every step that was not skipped passed. No
+network is needed.
 """
 
 from __future__ import annotations
