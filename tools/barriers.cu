@@ -4,11 +4,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-
 #include "../csrc/cuda/device.cuh"
-
 using namespace rnnfast::cuda;
 using Counter = unsigned long long;
+constexpr auto kAbove8 = cudaFuncAttributeNonPortableClusterSizeAllowed;
 constexpr int kThreads = 128, kMeetings = 10000;
 
 void check(cudaError_t error) {
@@ -20,7 +19,6 @@ void check(cudaError_t error) {
 __global__ void in_cluster(Counter*, int meetings) {
   for (int i = 0; i < meetings; ++i) cluster_barrier();
 }
-
 __global__ void in_grid(Counter* counter, int meetings) {
   for (int i = 1; i <= meetings; ++i) grid_barrier(counter, gridDim.x, i);
 }
@@ -51,8 +49,7 @@ int main() {
   cudaDeviceProp device;
   check(cudaMalloc(&counter, sizeof(*counter))), check(cudaGetDeviceProperties(&device, 0));
   const bool clusters = device.major >= 9;
-  const auto above8 = cudaFuncAttributeNonPortableClusterSizeAllowed;
-  if (clusters) check(cudaFuncSetAttribute(in_cluster, above8, 1));
+  if (clusters) check(cudaFuncSetAttribute(in_cluster, kAbove8, 1));
   for (const bool cluster : {true, false}) {
     const int most = !cluster ? device.multiProcessorCount : clusters ? 16 : 0;
     std::printf(cluster ? "{\"cluster\": {" : "}, \"grid\": {");
