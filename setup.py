@@ -13,7 +13,8 @@
   RNNFAST_REQUIRE_EXT=1                   a build without the extension is an error; otherwise a
                                           missing compiler or torch gives one sentence and a working
                                           pure-PyTorch install
-  RNNFAST_SANITIZE=1                      AddressSanitizer and UBSan (see CONTRIBUTING.md)
+  RNNFAST_SANITIZE=1                      AddressSanitizer and UBSan (see CONTRIBUTING.md); on a GPU
+                                          a barrier between blocks ends the kernel if it waits long
   MAX_JOBS=N                              parallel compiler processes
 
 Metadata and tool settings are in pyproject.toml, but for the dependencies.
@@ -77,6 +78,8 @@ def extension(cuda: bool):
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
         sources += Path("csrc/cuda").glob("*.cu")
         compile_args["nvcc"] = ["-O3", "-Xcompiler=-fvisibility=hidden"]
+        if flag("RNNFAST_SANITIZE"):
+            compile_args["nvcc"] += ["-DRNNFAST_BOUNDED_BARRIERS"]
     return (CUDAExtension if cuda else CppExtension)(
         "rnnfast._C",
         sorted(map(str, sources)),
