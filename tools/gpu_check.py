@@ -193,7 +193,6 @@ def cuda_ops(dry_run: bool) -> Any:
 
     import rnnfast  # noqa: F401  # defines the ops
 
-    sys.path.append(str(ROOT / "tests"))
     if not dry_run:
         return torch.ops.rnnfast
     import cuda_emulation
@@ -237,6 +236,7 @@ def variants(ops: Any, dry_run: bool) -> bool:
 
 def take(step: str, folder: Path, dry_run: bool, with_cuda: bool) -> bool:
     """Run one of the steps of this file; return whether it passed."""
+    sys.path += [str(ROOT), str(ROOT / "tests")]  # benchmarks; helpers and the emulation
     ops = cuda_ops(dry_run) if with_cuda else None
     if step == "variants":
         return variants(ops, dry_run)
