@@ -93,6 +93,7 @@ __device__ inline unsigned char* dynamic_shared() {
 // is seen by all.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // "aligned" asks for whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 #endif
