@@ -9,14 +9,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import library
-from torch.utils import cpp_extension
+from torch.library import Library
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from rnnfast import backends, triton_layer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
+_registrations = None  # with the ops, which live as long as it does
 
 
 def build() -> Path:
@@ -24,7 +25,7 @@ def build() -> Path:
     folder = ROOT / "build" / "cuda_emulation"
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    paths = [HERE, KERNELS, *cpp_extension.include_paths()]  # HERE stands in for the toolkit
+    paths = [HERE, KERNELS, *include_paths()]  # HERE stands in for the toolkit
     flags = [
         *("-std=c++20", "-O1", "-fPIC", "-w", "-DRNNFAST_EMULATED", "-fvisibility=hidden"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -44,7 +45,7 @@ def build() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, sources))
     target = folder / "rnnfast_emulated.so"
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries = [f"-L{path}" for path in library_paths()]
     link = ["-lc10", "-ltorch_cpu", "-ltorch"]
     subprocess.run([*compiler, "-shared", *objects, *libraries, *link, "-o", target], check=True)
     return target
@@ -65,7 +66,8 @@ def install() -> None:
         return why_not_of(input.dtype, hidden_size or 1, triton_layer.tf32_allowed())
 
     backends.BACKENDS["cuda"] = why_not
-    install.library = library.Library("rnnfast", "IMPL")  # its registrations live as long
+    global _registrations
+    _registrations = Library("rnnfast", "IMPL")
     triton_layer.choose_between(
-        install.library, "CPU", "cuda", ops.rnn_layer, ops.rnn_layer_backward
+        _registrations, "CPU", "cuda", ops.rnn_layer, ops.rnn_layer_backward
     )
