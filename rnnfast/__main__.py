@@ -32,6 +32,7 @@ def diagnosis() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": _cpu_kernels(),
         "threads": torch.get_num_threads(),
         "triton": _version("triton"),
         "gpus": _gpus(),
@@ -48,6 +49,18 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _cpu_kernels() -> str | None:
+    """The instruction set of the C++ kernels that run here."""
+    if backends.extension_error is not None:
+        return None
+    return str(torch.ops.rnnfast._cpu_instruction_set())
+
+
+def _cpu(found: dict[str, Any]) -> str:
+    kernels = f"kernels for {found['cpu_kernels']}" if found["cpu_kernels"] else "no kernels"
+    return f"{found['cpu_capability']}, {kernels}"
 
 
 def _cuda_kernels(build: dict[str, Any]) -> str:
@@ -213,7 +226,7 @@ def main() -> None:
     print(f"torch      {found['torch']}, Python {found['python']}, {found['platform']}")
     print(f"extension  {extension}")
     print(f"CUDA       {_cuda_kernels(build)}")
-    print(f"CPU        {found['cpu_capability']}, {found['threads']} threads")
+    print(f"CPU        {_cpu(found)}, {found['threads']} threads")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
     print(f"triton     {found['triton'] or 'not installed'}")
     print(f"forced     {found['forced_backend'] or 'nothing (RNNFAST_BACKEND, rnnfast.backend)'}")

@@ -32,6 +32,7 @@ def test_json_says_all_that_decides_what_runs():
     assert found["torch"] == torch.__version__
     assert found["python"] == platform.python_version()
     assert found["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert (found["cpu_kernels"] is None) == (found["extension_error"] is not None)
     assert len(found["gpus"]) == torch.cuda.device_count()
     assert (found["extension_error"] is None) == bool(found["build"].get("extension"))
     assert found["taken"].keys() == backends.BACKENDS.keys()

@@ -321,6 +321,14 @@ def test_tanh_of_special_values_is_that_of_torch(dtype):
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 
+def test_the_instruction_set_is_the_one_asked_for():
+    asked = "avx512" if "RNNFAST_EMULATE_AVX512" in os.environ else None
+    asked = asked or os.environ.get("ATEN_CPU_CAPABILITY")
+    names = {"AVX2": "avx2", "AVX512": "avx512"}
+    here = names.get(torch.backends.cpu.get_cpu_capability(), "default")
+    assert torch.ops.rnnfast._cpu_instruction_set() == (asked or here)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_of_this_machine(capability):
     """The kernel tests again in a process of its own, as the choice is made when it starts."""

@@ -1010,6 +1010,10 @@ Tensor tanh(const Tensor& x) {
 }  // namespace
 }  // namespace rnnfast::cpu
 
+TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
+  m.def("_cpu_instruction_set() -> str", [] { return std::string(rnnfast::cpu::instruction_set()); });
+}
+
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("rnn_layer", &rnnfast::cpu::rnn_layer);
   m.impl("rnn_bidirectional_layer", &rnnfast::cpu::rnn_bidirectional_layer);

@@ -151,6 +151,9 @@ struct TimeLoop {
 template <class T>
 const TimeLoop<T>& time_loop();
 
+// Its name, as ATEN_CPU_CAPABILITY takes it.
+const char* instruction_set();
+
 #define RNNFAST_DECLARE_TIME_LOOP(isa)      \
   namespace isa {                           \
   extern const TimeLoop<float> f32;         \

@@ -60,7 +60,7 @@ RNNFAST_INLINE void store(T* p, V<T> v) {
 }
 
 // The first n < L lanes; the others load as zero and are not stored.
-#if RNNFAST_VECTOR_BYTES == 64
+#if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
 RNNFAST_INLINE V<float> load_part(const float* p, int n) {
   return (V<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 }

@@ -4,6 +4,7 @@
 
 #include <ATen/Version.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -31,6 +32,9 @@ Isa chosen_isa() {
       __builtin_cpu_supports("avx512vl")) {
     return Isa::Avx512;
   }
+#if defined(RNNFAST_EMULATE_AVX512)
+  if (std::getenv("RNNFAST_EMULATE_AVX512")) return Isa::Avx512;
+#endif
   if (capability != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return Isa::Avx2;
   }
@@ -41,6 +45,10 @@ Isa chosen_isa() {
 const Isa isa = chosen_isa();
 
 }  // namespace
+
+const char* instruction_set() {
+  return isa == Isa::Avx512 ? "avx512" : isa == Isa::Avx2 ? "avx2" : "default";
+}
 
 #if defined(__x86_64__)
 #define RNNFAST_CHOOSE(member) \
