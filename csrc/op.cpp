@@ -12,10 +12,12 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -166,6 +168,19 @@ Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const Optional
                  reverse, output_mask);
 }
 
+// The same in differentiable operations, for forward mode (registered by rnnfast/ops.py).
+Gradients call_rnn_layer_backward_reference(
+    const OptionalTensor& grad_out, const OptionalTensor& grad_h_n, const Tensor& input,
+    const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+    const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool reverse,
+    std::array<bool, 5> output_mask) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::_rnn_layer_backward_reference", "")
+                       .typed<decltype(call_rnn_layer_backward_reference)>();
+  return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
+                 reverse, output_mask);
+}
+
 // The backward's own derivative, in differentiable operations (registered by rnnfast/ops.py).
 using SecondGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -191,53 +206,91 @@ OptionalTensor if_defined(Tensor x) {
   return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
 }
 
-struct RnnLayerBackward : torch::autograd::Node {
-  SavedVariable input, hx, w_ih, w_hh, out, batch_sizes;
+// What the nodes have in common. `saved` are what they keep, in the order of the derived class's
+// enumeration; that at `output` is an output of the node's own function. A graph may be walked by
+// several threads at once, so the derived class's `run` has the lock.
+struct SavingNode : torch::autograd::Node {
+  std::array<SavedVariable, 8> saved;
+  int output = -1;
   std::string nonlinearity;
   bool reverse = false;
 
-  std::string name() const override { return "RnnLayerBackward"; }
+  virtual variable_list run(const variable_list& grads) = 0;
 
-  void release_variables() override {
-    for (auto* saved : {&input, &hx, &w_ih, &w_hh, &out, &batch_sizes}) saved->reset_data();
-  }
+  Tensor unpack(int i) { return saved[i].unpack(i == output ? getptr() : nullptr); }
 
   variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return run(grads);
+  }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved) variable.reset_data();
+  }
+
+  // Compiled autograd: what the node's work depends on, and the work on a trace's tensors.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (int i = 0; i < int(saved.size()); ++i) args.collect(saved[i], i == output);
+    args.collect(nonlinearity);
+    args.collect(reverse);
+  }
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto& variable : saved) swap.before(variable);
+    auto result = run(grads);
+    for (auto& variable : saved) swap.after(variable);
+    return result;
+  }
+};
+
+struct RnnLayerBackward : SavingNode {
+  enum { kInput, kHx, kW_ih, kW_hh, kBatchSizes, kOut };
+
+  std::string name() const override { return "RnnLayerBackward"; }
+
+  variable_list run(const variable_list& grads) override {
     const bool need_b_ih = task_should_compute_output(4), need_b_hh = task_should_compute_output(5);
     const std::array<bool, 5> mask = {
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
         task_should_compute_output(3), need_b_ih || need_b_hh};
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(6);
+    const Tensor x = unpack(kInput);
+    Tensor out = unpack(kOut);
+    if (out.dim() < x.dim()) out = out.unsqueeze(0);  // h_n, of a single step
     const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = call_rnn_layer_backward(
-        if_defined(grads[0]), if_defined(grads[1]), input.unpack(), if_defined(hx.unpack()),
-        w_ih.unpack(), w_hh.unpack(), out.unpack(getptr()), if_defined(batch_sizes.unpack()),
-        nonlinearity, reverse, mask);
-    return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(), need_b_hh ? d_b : Tensor()};
+        if_defined(grads[0]), if_defined(grads[1]), x, if_defined(unpack(kHx)), unpack(kW_ih),
+        unpack(kW_hh), out, if_defined(unpack(kBatchSizes)), nonlinearity, reverse, mask);
+    return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(),
+            gradient_of_b_hh(d_b, need_b_ih, need_b_hh)};
+  }
+
+  // Of its own: what a hook or a clipping does to one must not reach the other.
+  static Tensor gradient_of_b_hh(const Tensor& d_b, bool need_b_ih, bool need_b_hh) {
+    return !need_b_hh ? Tensor() : need_b_ih ? d_b.clone() : d_b;
   }
 };
 
 // Both directions' outputs are kept as the one tensor that the layer returned. Each half goes through
 // the same differentiable op as a direction of its own would.
-struct RnnBidirectionalLayerBackward : torch::autograd::Node {
-  SavedVariable input, hx, out, batch_sizes;
-  std::array<SavedVariable, 4> weights;  // w_ih, w_hh of either direction
-  int64_t per_direction = 0;             // weights that the op takes
-  std::string nonlinearity;
+struct RnnBidirectionalLayerBackward : SavingNode {
+  enum { kInput, kHx, kBatchSizes, kOut, kWeights };  // the last: w_ih, w_hh of either direction
+
+  int64_t per_direction = 0;  // weights that the op takes
 
   std::string name() const override { return "RnnBidirectionalLayerBackward"; }
 
-  void release_variables() override {
-    for (auto* saved : {&input, &hx, &out, &batch_sizes}) saved->reset_data();
-    for (auto& saved : weights) saved.reset_data();
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    SavingNode::compiled_args(args);
+    args.collect(per_direction);
   }
 
   // Gradients of the input by either direction, which the engine adds, of hx, and of the weights.
-  variable_list apply(variable_list&& grads) override {
+  variable_list run(const variable_list& grads) override {
     variable_list d(3 + 2 * per_direction);
     if (!grads[0].defined() && !grads[1].defined()) return d;
     // Once each: activation checkpointing allows no second time.
-    const Tensor x = input.unpack(), h0 = hx.unpack(), h = out.unpack(getptr());
-    const auto sizes = if_defined(batch_sizes.unpack());
+    const Tensor x = unpack(kInput), h0 = unpack(kHx), h = unpack(kOut);
+    const auto sizes = if_defined(unpack(kBatchSizes));
     const int64_t H = h.size(-1) / 2;
     const bool need_h = h0.defined() && task_should_compute_output(2);
     std::array<Tensor, 2> d_h;
@@ -258,42 +311,35 @@ struct RnnBidirectionalLayerBackward : torch::autograd::Node {
       };
       Tensor d_b;
       std::tie(d[direction], d_h[direction], d[first], d[first + 1], d_b) = call_rnn_layer_backward(
-          half(grads[0]), state(grads[1]), x, state(h0), weights[2 * direction].unpack(),
-          weights[2 * direction + 1].unpack(), *half(h), sizes, nonlinearity,
+          half(grads[0]), state(grads[1]), x, state(h0), unpack(kWeights + 2 * direction),
+          unpack(kWeights + 2 * direction + 1), *half(h), sizes, nonlinearity,
           /*reverse=*/direction == 1, mask);
       if (need_b_ih) d[first + 2] = d_b;
-      if (need_b_hh) d[first + 3] = d_b;
+      if (need_b_hh) {
+        d[first + 3] = RnnLayerBackward::gradient_of_b_hh(d_b, need_b_ih, need_b_hh);
+      }
     }
     if (need_h) d[2] = at::stack(d_h);
     return d;
   }
 };
 
-struct RnnLayerDoubleBackward : torch::autograd::Node {
-  // grad_out, grad_h_n, input, hx, w_ih, w_hh, out: the inputs of this node's function, in order
-  std::array<SavedVariable, 7> saved;
-  SavedVariable batch_sizes;
-  std::string nonlinearity;
-  bool reverse = false;
+struct RnnLayerDoubleBackward : SavingNode {
+  // The tensors that this node's function takes, in its order, and batch_sizes.
+  enum { kGradOut, kGradH_n, kInput, kHx, kW_ih, kW_hh, kOut, kBatchSizes };
 
   std::string name() const override { return "RnnLayerDoubleBackward"; }
 
-  void release_variables() override {
-    for (auto& variable : saved) variable.reset_data();
-    batch_sizes.reset_data();
-  }
-
-  variable_list apply(variable_list&& gg) override {
+  variable_list run(const variable_list& gg) override {
     if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) {
       return variable_list(7);
     }
-    std::array<Tensor, 7> x;
-    for (size_t i = 0; i < x.size(); ++i) x[i] = saved[i].unpack();
     auto [d_grad_out, d_grad_h_n, d_input, d_hx, d_w_ih, d_w_hh, d_out] =
         call_rnn_layer_double_backward(
             if_defined(gg[0]), if_defined(gg[1]), if_defined(gg[2]), if_defined(gg[3]),
-            if_defined(gg[4]), if_defined(x[0]), if_defined(x[1]), x[2], if_defined(x[3]), x[4],
-            x[5], x[6], if_defined(batch_sizes.unpack()), nonlinearity, reverse);
+            if_defined(gg[4]), if_defined(unpack(kGradOut)), if_defined(unpack(kGradH_n)),
+            unpack(kInput), if_defined(unpack(kHx)), unpack(kW_ih), unpack(kW_hh), unpack(kOut),
+            if_defined(unpack(kBatchSizes)), nonlinearity, reverse);
     return {d_grad_out, d_grad_h_n, d_input, d_hx, d_w_ih, d_w_hh, d_out};
   }
 };
@@ -311,6 +357,15 @@ auto make_node() {
 
 bool has_tangent(const OptionalTensor& x) {
   return x && x->defined() && x->_fw_grad(/*level=*/0).defined();
+}
+
+SavedVariable keep(const OptionalTensor& x) { return SavedVariable(x.value_or(Tensor()), false); }
+
+// Of a tensor whose values no gradient will need: its sizes, so that it may change and be freed.
+SavedVariable keep_sizes(const OptionalTensor& x) {
+  if (!x) return keep(x);
+  const at::NoGradGuard no_grad;
+  return SavedVariable(at::zeros({}, x->options()).expand_symint(x->sym_sizes()), false);
 }
 
 constexpr char kNoForwardMode[] =
@@ -333,16 +388,20 @@ Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const 
 
   auto node = make_node<RnnLayerBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, hx, w_ih, w_hh, b_ih, b_hh));
-  node->input = SavedVariable(input, false);
-  node->hx = SavedVariable(hx.value_or(Tensor()), false);
-  node->w_ih = SavedVariable(w_ih, false);
-  node->w_hh = SavedVariable(w_hh, false);
-  node->batch_sizes = SavedVariable(batch_sizes.value_or(Tensor()), false);
+  using Node = RnnLayerBackward;
+  node->saved[Node::kInput] = w_ih.requires_grad() ? keep(input) : keep_sizes(input);
+  node->saved[Node::kHx] = w_hh.requires_grad() ? keep(hx) : keep_sizes(hx);
+  node->saved[Node::kW_ih] = keep(w_ih);
+  node->saved[Node::kW_hh] = keep(w_hh);
+  node->saved[Node::kBatchSizes] = keep(batch_sizes);
+  node->output = Node::kOut;
   node->nonlinearity = std::string(nonlinearity);
   node->reverse = reverse;
   auto [out, h_n] = below();
   torch::autograd::set_history({out, h_n}, node);
-  node->out = SavedVariable(out, /*is_output=*/true);
+  // Of a single step h_n is the same, and is what a cell returns: nothing is kept for it alone.
+  const bool single = !batch_sizes && input.sym_size(0) == 1;
+  node->saved[Node::kOut] = SavedVariable(single ? h_n : out, /*is_output=*/true);
   return {out, h_n};
 }
 
@@ -362,17 +421,19 @@ Outputs rnn_bidirectional_layer_autograd(const Tensor& input, const OptionalTens
   auto [out, h_n] = below();
   auto node = make_node<RnnBidirectionalLayerBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, input, hx, weights));
-  node->input = SavedVariable(input, false);
-  node->hx = SavedVariable(hx.value_or(Tensor()), false);
-  node->per_direction = int64_t(weights.size()) / 2;
-  for (int64_t i = 0; i < 4; ++i) {
-    const int64_t at = i / 2 * node->per_direction + i % 2;
-    node->weights[i] = SavedVariable(weights[at], false);
-  }
-  node->batch_sizes = SavedVariable(batch_sizes.value_or(Tensor()), false);
+  using Node = RnnBidirectionalLayerBackward;
+  const int64_t n = int64_t(weights.size()) / 2;
+  const bool w_ih = weights[0].requires_grad() || weights[n].requires_grad();
+  const bool w_hh = weights[1].requires_grad() || weights[n + 1].requires_grad();
+  node->saved[Node::kInput] = w_ih ? keep(input) : keep_sizes(input);
+  node->saved[Node::kHx] = w_hh ? keep(hx) : keep_sizes(hx);
+  node->saved[Node::kBatchSizes] = keep(batch_sizes);
+  for (int64_t i = 0; i < 4; ++i) node->saved[Node::kWeights + i] = keep(weights[i / 2 * n + i % 2]);
+  node->per_direction = n;
+  node->output = Node::kOut;
   node->nonlinearity = std::string(nonlinearity);
   torch::autograd::set_history({out, h_n}, node);
-  node->out = SavedVariable(out, /*is_output=*/true);
+  node->saved[Node::kOut] = SavedVariable(out, /*is_output=*/true);
   return {out, h_n};
 }
 
@@ -383,6 +444,11 @@ Gradients rnn_layer_backward_autograd(const OptionalTensor& grad_out,
                                       const OptionalTensor& batch_sizes,
                                       c10::string_view nonlinearity, bool reverse,
                                       std::array<bool, 5> output_mask) {
+  if (has_tangent(grad_out) || has_tangent(grad_h_n) || has_tangent(input) || has_tangent(hx) ||
+      has_tangent(w_ih) || has_tangent(w_hh) || has_tangent(out)) {
+    return call_rnn_layer_backward_reference(grad_out, grad_h_n, input, hx, w_ih, w_hh, out,
+                                             batch_sizes, nonlinearity, reverse, output_mask);
+  }
   Gradients d;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -395,12 +461,9 @@ Gradients rnn_layer_backward_autograd(const OptionalTensor& grad_out,
   auto node = make_node<RnnLayerDoubleBackward>();
   node->set_next_edges(
       torch::autograd::collect_next_edges(grad_out, grad_h_n, input, hx, w_ih, w_hh, out));
-  const Tensor none;
-  const std::array<Tensor, 7> inputs = {grad_out.value_or(none), grad_h_n.value_or(none), input,
-                                        hx.value_or(none),       w_ih,                    w_hh,
-                                        out};
-  for (size_t i = 0; i < inputs.size(); ++i) node->saved[i] = SavedVariable(inputs[i], false);
-  node->batch_sizes = SavedVariable(batch_sizes.value_or(none), false);
+  const std::array<OptionalTensor, 8> kept = {grad_out, grad_h_n, input, hx,
+                                              w_ih,     w_hh,     out,   batch_sizes};
+  for (size_t i = 0; i < kept.size(); ++i) node->saved[i] = keep(kept[i]);
   node->nonlinearity = std::string(nonlinearity);
   node->reverse = reverse;
   auto& [d_x, d_h, d_w_ih, d_w_hh, d_b] = d;
@@ -458,6 +521,10 @@ TORCH_LIBRARY(rnnfast, m) {
       "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_rnn_layer_backward_reference(Tensor? grad_out, Tensor? grad_h_n, Tensor input, "
+      "Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, "
+      "bool reverse, bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gradients of the backward's (grad_out, ..., out) from those, gg_*, of its results.
   m.def(
       "_rnn_layer_double_backward(Tensor? gg_input, Tensor? gg_hx, Tensor? gg_w_ih, "

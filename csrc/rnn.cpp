@@ -50,16 +50,18 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
   }
   if (turned) x = x.transpose(0, 1);
   if (bidirectional) return {x, num_layers == 1 ? final[0] : at::cat(final)};
-  return {x, num_layers == 1 ? final[0].unsqueeze(0) : at::stack(final)};
+  if (num_layers > 1) return {x, at::stack(final)};
+  // No view, as nn.RNN's is none: a caller may detach_() it.
+  const Tensor& h_n = final[0];
+  return {x, at::_unsafe_view_symint(h_n, {1, h_n.sym_size(0), h_n.sym_size(1)})};
 }
 
 Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,
                 const Tensor& w_hh, const std::optional<Tensor>& b_ih,
                 const std::optional<Tensor>& b_hh, c10::string_view nonlinearity) {
-  // The output, which the backward keeps anyhow, rather than its copy h_n.
-  return std::get<0>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
-                                    nonlinearity, /*reverse=*/false))
-      .squeeze(0);
+  // h_n: the same numbers as the output of [1, B, H], and no view.
+  return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
+                                    nonlinearity, /*reverse=*/false));
 }
 
 }  // namespace

@@ -117,7 +117,10 @@ def rnn(
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
         if dropout and training and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
-    h_n = final[0].unsqueeze(0) if len(final) == 1 else torch.stack(final)
+    if len(final) == 1:  # no view, as nn.RNN's is none: a caller may detach_() it
+        h_n = torch.ops.aten._unsafe_view.default(final[0], [1, *final[0].shape])
+    else:
+        h_n = torch.stack(final)
     return (x if time_major else x.transpose(0, 1)), h_n
 
 

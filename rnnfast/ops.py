@@ -110,6 +110,12 @@ def _backward_flops(
     return flops
 
 
+def _backward_by_reference(*args: Any) -> tuple[Tensor | None, ...]:
+    *operands, output_mask = args
+    gradients = reference.rnn_layer_backward(*operands)
+    return tuple(g if needed else None for g, needed in zip(gradients, output_mask, strict=True))
+
+
 _library: library.Library | None = None  # its registrations live as long as it does
 
 
@@ -125,7 +131,9 @@ def register() -> None:
     register_flop_formula(torch.ops.rnnfast.rnn_layer_backward)(_backward_flops)
     _library = library.Library("rnnfast", "IMPL")  # type: ignore[no-untyped-call]
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
-        _library.impl(  # type: ignore[no-untyped-call]
-            "_rnn_layer_double_backward", reference.rnn_layer_double_backward, key
-        )
+        for name, composite in (
+            ("_rnn_layer_backward_reference", _backward_by_reference),
+            ("_rnn_layer_double_backward", reference.rnn_layer_double_backward),
+        ):
+            _library.impl(name, composite, key)  # type: ignore[no-untyped-call]
     triton_layer.register(_library)

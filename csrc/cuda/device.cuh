@@ -89,13 +89,20 @@ __device__ inline unsigned char* dynamic_shared() {
   return shared;
 }
 
-// All threads of the blocks of a cluster: what each wrote to shared memory, its own or another's,
-// is seen by all.
-__device__ inline void cluster_barrier() {
+// All threads of the blocks of a cluster arrive, and wait for all to have arrived: what each wrote
+// before, to shared memory, its own or another's, is then seen by all.
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();  // "aligned" asks for whole warps
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();  // no plan launches clusters of this code
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -114,14 +121,18 @@ __device__ inline void store_to_rank(uint4* own, int rank, uint4 value) {
 // Global memory as the other blocks see it, past this multiprocessor's own cache.
 __device__ inline uint4 load_shared_by_grid(const uint4* from) { return __ldcg(from); }
 
-// All threads of `blocks` blocks, which must run at the same time, meet for the `meeting`-th time
-// (from 1 on) at a counter that began as zero.
-__device__ inline void grid_barrier(unsigned long long* counter, int blocks,
-                                    unsigned long long meeting) {
+// All threads of `blocks` blocks, which must run at the same time, arrive at a counter that began as
+// zero, and wait for all to have arrived for the `meeting`-th time (from 1 on). A block's barrier and
+// one thread's release and acquire order what all of them wrote and read.
+__device__ inline void grid_arrive(unsigned long long* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(counter, 1ull);
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+  }
+}
+__device__ inline void grid_wait(const unsigned long long* counter, int blocks,
+                                 unsigned long long meeting) {
+  if (threadIdx.x == 0) {
     unsigned long long arrived;
 #ifdef RNNFAST_BOUNDED_BARRIERS
     long long spins = 0;
@@ -129,10 +140,9 @@ __device__ inline void grid_barrier(unsigned long long* counter, int blocks,
     do {
       asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(arrived) : "l"(counter) : "memory");
 #ifdef RNNFAST_BOUNDED_BARRIERS
-      if (++spins > (1ll << 28)) __trap();
+      if (++spins > (1ll << 22)) __trap();  // seconds
 #endif
     } while (arrived < meeting * blocks);
-    __threadfence();
   }
   __syncthreads();
 }

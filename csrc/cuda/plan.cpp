@@ -70,11 +70,11 @@ int resident_groups(const Device& device, const Variant& v, bool backward, int b
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int>, int> known;
   const void* kernel = kernel_of(v, backward);
+  const auto key = std::make_tuple(device.index, kernel, blocks, tiles);
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = known.try_emplace({device.index, kernel, blocks, tiles}, 0);
-  if (!is_new) return found->second;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
   const size_t shared = v.shared(tiles, backward);
-  if (shared > size_t(device.shared)) return 0;
+  if (shared > size_t(device.shared)) return known[key] = 0;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            device.shared);
   int groups = 0;
@@ -86,6 +86,10 @@ int resident_groups(const Device& device, const Variant& v, bool backward, int b
     }
     groups = per_multiprocessor * device.multiprocessors / blocks;
   } else {
+    // A GPU may run code that was compiled for older ones, which has no clusters.
+    cudaFuncAttributes compiled = {};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+    if (error == cudaSuccess && compiled.ptxVersion < 90) return known[key] = 0;
     if (error == cudaSuccess && blocks > kPortableCluster) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -95,9 +99,9 @@ int resident_groups(const Device& device, const Variant& v, bool backward, int b
   }
   if (error != cudaSuccess) {
     cudaGetLastError();  // a refusal here is an answer, not a failure of what comes later
-    groups = 0;
+    return 0;            // and the next call asks again: it may have lacked memory
   }
-  return found->second = groups;
+  return known[key] = groups;
 }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -140,7 +144,11 @@ bool lay_out(const Device& device, const Variant& v, int64_t B, int H, bool back
 
 Refusal make_plan(Numbers numbers, int64_t B, int H, bool backward, Plan* plan, const char* only) {
   Device device;
-  if (current_device(&device) != cudaSuccess || device.major < 8) return Refusal::capability;
+  if (current_device(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return Refusal::capability;
+  }
+  if (device.major < 8) return Refusal::capability;
   const Variants variants = variants_of(numbers);
   for (int i = 0; i < variants.count; ++i) {
     const Variant& v = variants.rows[i];

@@ -29,7 +29,8 @@ __device__ auto matrix_element(const Number* w_hh, int H, bool transposed, int k
 //
 // The matrix is the left operand, 16 units by K terms, so that the few rows are the narrow side: 8.
 // A 16-bit state is the sum of two operands, high and low, as a float32 state rounded to one of them
-// would lose half of its digits: 2^-18 is lost in bf16, 2^-22 in f16.
+// would lose half of its digits: 2^-18 is lost in bf16, 2^-22 in f16. The low one of f16 is scaled,
+// lest it be lost below the smallest f16.
 //
 // Which term is which within a fragment does not matter as long as both operands agree. So a lane
 // takes the terms of two steps from 16 adjacent bytes of the state, in one load.
@@ -48,6 +49,7 @@ struct ByTensorCores {
   static constexpr int kSplitTerms = K_STEPS * kStepTerms;
   static constexpr int kTerms = SPLITS * kSplitTerms;
   static constexpr int kPlanes = kTf32 ? 1 : 2;
+  static constexpr float kLowScale = std::is_same_v<Number, f16> ? 2048.0f : 1.0f;
   // Four lanes read 64 bytes of a row; rows an odd number of 64 bytes apart share no bank.
   static constexpr int kStateStride =
       kTerms + (kTerms * sizeof(State) % 128 == 0 ? 64 / int(sizeof(State)) : 0);
@@ -95,7 +97,7 @@ struct ByTensorCores {
       narrow(x, &high);
       const float rest = x - widen(high);
       // An infinity is all in the high part: what is left of it would be NaN.
-      narrow(fabsf(widen(high)) <= 3.4e38f ? rest : 0.0f, &low);
+      narrow(fabsf(widen(high)) <= 3.4e38f ? rest * kLowScale : 0.0f, &low);
       planes[0] = high.bits;
       planes[1] = low.bits;
     }
@@ -125,7 +127,10 @@ struct ByTensorCores {
       for (int r = 0; r < 4; ++r) {
         float sum = 0;
         RNNFAST_UNROLL
-        for (int chain = kChains - 1; chain >= 0; --chain) sum += c[tile][chain][r];  // low first
+        for (int chain = kChains - 1; chain >= 0; --chain) {  // low first
+          sum += c[tile][chain][r];
+          if (chain == kParities) sum *= 1 / kLowScale;
+        }
         const int unit = (warp * UNIT_TILES + tile) * 16 + group + (r >> 1) * 8;
         const int at = split * kTileRows + quad * 2 + (r & 1);
         sums[at * sums_stride + unit] = sum;
@@ -137,7 +142,8 @@ struct ByTensorCores {
 // ------------------------------------------------------------------------------------- by FMA
 //
 // IEEE float32 and float64. A lane owns UNITS columns and TERMS of their terms; the state, which all
-// lanes of a split need alike, is broadcast. With LANES = 16 the halves of a warp are two splits.
+// lanes of a split need alike, is broadcast. With LANES = 16 the halves of a warp are two splits. Two
+// columns a lane halve the loads of the state per multiply-add.
 template <class Number_, int LANES, int UNITS, int WARPS, int WARP_SPLITS, int TERMS, int ROWS>
 struct ByFma {
   using Number = Number_;

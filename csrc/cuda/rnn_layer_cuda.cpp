@@ -193,6 +193,7 @@ void run(const Layer& layer, const Tensor& like, bool backward) {
   }
   const cudaError_t error =
       launch(plan, p, backward, c10::cuda::getCurrentCUDAStream().stream());
+  if (error != cudaSuccess) cudaGetLastError();  // it is told here, not by the next launch
   TORCH_CHECK(error == cudaSuccess, "rnnfast: the CUDA kernel could not be launched: ",
               cudaGetErrorString(error));
 }

@@ -8,12 +8,13 @@
 // group's rows (forward h, backward dz), complete, is in every block's shared memory, twice: one copy
 // is read while the next is written. With one block that is all; in a cluster every block sends its
 // units to all others (distributed shared memory); in a grid (FAR) they are written to global memory,
-// and each tile is fetched from there before its product. What a step needs from
-// global memory besides (x, or h and its gradient) is loaded one tile ahead.
+// and each tile is fetched from there before its product. What a step needs from global memory
+// besides (x, or h and its gradient) is loaded one tile ahead.
 //
 // What synchronises. Within a step, a tile's product and the use of its sums are separated by
 // __syncthreads(). Between steps all blocks of the group meet once: by __syncthreads(), the cluster's
-// barrier or a counter in global memory.
+// barrier or a counter in global memory. A block arrives as soon as its units are on their way; the
+// outputs are stored, and the next loads sent off, before it waits.
 #pragma once
 
 #include "time_loop.h"
@@ -83,14 +84,15 @@ struct SharedLayout {
   static constexpr size_t kStateTile =
       size_t(Product::kPlanes) * Product::kTileRows * Product::kStateStride;  // elements
 
-  size_t state = 0, sums, own, bias, w_ih, total;
+  size_t state = 0, sums, own, bias, w_ih, x, total;
 
   __host__ __device__ SharedLayout(int tiles, bool backward) {
     sums = state + (FAR ? 1 : 2 * tiles) * kStateTile * sizeof(typename Product::State);
     own = sums + size_t(Product::kSplits) * Product::kTileRows * kSumsStride * sizeof(Acc);
     bias = own + (backward ? 0 : size_t(tiles) * Product::kTileRows * Product::kUnits * sizeof(Acc));
     w_ih = bias + (backward ? 0 : Product::kUnits * sizeof(Acc));
-    total = w_ih + (backward ? 0 : size_t(kFusedInput) * Product::kUnits * sizeof(Acc));
+    x = w_ih + (backward ? 0 : size_t(kFusedInput) * Product::kUnits * sizeof(Acc));
+    total = x + (backward ? 0 : size_t(2) * Product::kTileRows * kFusedInput * sizeof(Acc));
   }
 };
 
@@ -119,6 +121,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   Acc* const own = reinterpret_cast<Acc*>(shared + layout.own);    // forward: [tiles, rows, units]
   Acc* const bias = reinterpret_cast<Acc*>(shared + layout.bias);  // [units]
   Acc* const w_ih = reinterpret_cast<Acc*>(shared + layout.w_ih);  // [I, units]
+  Acc* const x_rows = reinterpret_cast<Acc*>(shared + layout.x);   // [2, rows, kFusedInput]
 
   // FAR: every group's counter, then every group's two copies of the state.
   auto* const counter = static_cast<unsigned long long*>(p.workspace) + group * kCounterStride;
@@ -127,13 +130,20 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
                                groups * kCounterStride) +
       group * 2 * tiles * Layout::kStateTile;
   unsigned long long meetings = 0;
-  const auto meet = [&] {
+  const auto arrive = [&] {
     if constexpr (FAR) {
-      grid_barrier(counter, grid.blocks, ++meetings);
+      grid_arrive(counter);
+    } else if (!kAlone && grid.blocks > 1) {
+      cluster_arrive();
+    }
+  };
+  const auto wait = [&] {
+    if constexpr (FAR) {
+      grid_wait(counter, grid.blocks, ++meetings);
     } else if (kAlone || grid.blocks == 1) {
       __syncthreads();
     } else {
-      cluster_barrier();
+      cluster_wait();
     }
   };
   const auto publish = [&](int copy, int tile, int row, int unit, Acc value) {
@@ -147,19 +157,22 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
     }
   };
   // In a cluster a tile's first `rows` rows are written to the block's own shared memory, and from
-  // there, 16 bytes a store, to that of the others.
+  // there to that of the others: a thread reads 16 bytes once and sends them to every n-th block.
   const auto send = [&](int copy, int tile, int rows) {
     if (FAR || kAlone || grid.blocks == 1) return;
     constexpr int kRowVectors = kUnits * sizeof(State) / 16;
-    const int vectors = Product::kPlanes * rows * kRowVectors;
-    State* from = state + (copy * tiles + tile) * Layout::kStateTile + unit0;
+    constexpr int kVectors = Product::kPlanes * kTileRows * kRowVectors;
+    static_assert(FAR || kAlone || Product::kThreads % kVectors == 0);
+    const int v = threadIdx.x % kVectors, plane_row = v / kRowVectors;
     __syncthreads();
-    for (int i = threadIdx.x; i < vectors * (grid.blocks - 1); i += Product::kThreads) {
-      const int other = (rank + 1 + i / vectors) % grid.blocks, v = i % vectors;
-      const int plane = v / kRowVectors / rows, row = v / kRowVectors % rows;
-      State* units = from + (plane * kTileRows + row) * Product::kStateStride;
-      uint4* at = reinterpret_cast<uint4*>(units) + v % kRowVectors;
-      store_to_rank(at, other, *at);
+    if (plane_row % kTileRows >= rows) return;
+    State* units = state + (copy * tiles + tile) * Layout::kStateTile +
+                   plane_row * Product::kStateStride + unit0;
+    uint4* at = reinterpret_cast<uint4*>(units) + v % kRowVectors;
+    const uint4 value = *at;
+    for (int i = 1 + threadIdx.x / kVectors; i < grid.blocks; i += Product::kThreads / kVectors) {
+      const int other = rank + i;
+      store_to_rank(at, other < grid.blocks ? other : other - grid.blocks, value);
     }
   };
 
@@ -184,17 +197,30 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
        i += Product::kThreads) {
     state[i] = State(0);
   }
-  meet();
+  arrive();
+  wait();
 
   // An item is a row and a unit of a tile; thread n owns the items n, n + kThreads, ...
+  struct Item {
+    int row, unit;
+    bool exists;
+  };
+  const auto item_of = [&](int j) -> Item {
+    const int item = threadIdx.x + j * Product::kThreads;
+    const int row = item / kUnits, unit = item % kUnits;
+    return {row, unit, row < kTileRows && unit0 + unit < H};
+  };
   const auto for_each_item = [&](auto&& f) {
     RNNFAST_UNROLL
     for (int j = 0; j < kItems; ++j) {
-      const int item = threadIdx.x + j * Product::kThreads;
-      const int row = item / kUnits, unit = item % kUnits;
-      if (row < kTileRows && unit0 + unit < H) f(j, row, unit);
+      const Item item = item_of(j);
+      if (item.exists) f(j, item.row, item.unit);
     }
   };
+  // The element of a tile's rows of x that a thread brings where the projection is fused.
+  static_assert(Product::kThreads >= kTileRows * kFusedInput);
+  const int x_row = p.I > 0 ? int(threadIdx.x) / p.I : kTileRows;
+  const int x_feature = int(threadIdx.x) - x_row * p.I;
 
   for (int64_t row0 = int64_t(group) * tiles * kTileRows; row0 < p.B;
        row0 += int64_t(groups) * tiles * kTileRows) {
@@ -204,40 +230,49 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
       return left > kTileRows ? kTileRows : left < 1 ? 1 : int(left);
     };
 
-    // What an item needs from global memory in a visit: forward z without the recurrence; backward
-    // h and g.
+    // What a tile needs from global memory in a visit, as it lies there: a conversion, or a branch
+    // around a load, would have the load waited for on the spot. Items that take no part load the
+    // first element.
     struct Operands {
-      Acc z, h, g;
+      Acc z[kItems];     // forward: x W_ih^T of the items
+      Number x;          // or, fused, an element of the rows of x
+      Number h[kItems];  // backward
+      Number g[kItems];
     };
-    const auto fetch = [&](const Visit& v, int tile, Operands (&to)[kItems]) {
-      for_each_item([&](int j, int row, int unit) {
-        const int64_t b = row0 + tile * kTileRows + row;
-        if (b >= v.live) return;
-        const int64_t at = (v.first + b) * H + unit0 + unit;
+    Operands ahead = {};
+    const auto fetch = [&](const Visit& v, int tile) {
+      const int64_t tile_row = row0 + tile * kTileRows;
+      if (!BACKWARD && p.I > 0) {
+        const int64_t b = tile_row + x_row;
+        const int64_t base =
+            p.steps ? (v.first + b) * p.x_stride_b : v.t * p.x_stride_t + b * p.x_stride_b;
+        const bool exists = x_row < kTileRows && b < v.live;
+        ahead.x = static_cast<const Number*>(p.x)[exists ? base + x_feature * p.x_stride_i : 0];
+        return;
+      }
+      RNNFAST_UNROLL
+      for (int j = 0; j < kItems; ++j) {
+        const Item item = item_of(j);
+        const int64_t b = tile_row + item.row;
+        const int64_t at = item.exists && b < v.live ? (v.first + b) * H + unit0 + item.unit : 0;
         if constexpr (BACKWARD) {
-          to[j].h = widen(static_cast<const Number*>(p.out)[at]);
-          to[j].g = 0;
-          if (p.grad_out) {
-            const int64_t base = p.steps ? (v.first + b) * p.g_stride_b
-                                         : v.t * p.g_stride_t + b * p.g_stride_b;
-            to[j].g = widen(
-                static_cast<const Number*>(p.grad_out)[base + (unit0 + unit) * p.g_stride_h]);
-          }
+          ahead.h[j] = static_cast<const Number*>(p.out)[at];
         } else {
-          Acc z = bias[unit];
-          if (p.I == 0) {
-            z += static_cast<const Acc*>(p.x)[at];
-          } else {
-            const int64_t base = p.steps ? (v.first + b) * p.x_stride_b
-                                         : v.t * p.x_stride_t + b * p.x_stride_b;
-            for (int i = 0; i < p.I; ++i) {
-              z += Acc(widen(static_cast<const Number*>(p.x)[base + i * p.x_stride_i])) *
-                   w_ih[i * kUnits + unit];
-            }
-          }
-          to[j].z = z;
+          ahead.z[j] = static_cast<const Acc*>(p.x)[at];
         }
-      });
+      }
+      if constexpr (BACKWARD) {
+        if (!p.grad_out) return;
+        RNNFAST_UNROLL
+        for (int j = 0; j < kItems; ++j) {
+          const Item item = item_of(j);
+          const int64_t b = tile_row + item.row;
+          const int64_t base =
+              p.steps ? (v.first + b) * p.g_stride_b : v.t * p.g_stride_t + b * p.g_stride_b;
+          const int64_t at = base + (unit0 + item.unit) * p.g_stride_h;
+          ahead.g[j] = static_cast<const Number*>(p.grad_out)[item.exists && b < v.live ? at : 0];
+        }
+      }
     };
 
     // The sums of a tile's product with copy `copy` of the state.
@@ -280,56 +315,70 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
         });
         send(0, tile, rows_of(tile));
       }
-      meet();
+      arrive();
+      wait();
     }
 
-    int copy = 0;
+    int copy = 0, x_copy = 0;
     int64_t live_before = 0;
     Visit now = visit(p, 0, steps);
-    Operands ahead[kItems] = {};
-    fetch(now, 0, ahead);
+    fetch(now, 0);
     for (int64_t s = 0; s < steps; ++s) {
-      const Visit next = visit(p, s + 1 < steps ? s + 1 : s, steps);
-      for (int tile = 0; tile < tiles; ++tile) {
+      Visit next;
+      for (int tile = 0; tile < tiles; ++tile, x_copy ^= 1) {
         // The first step of all has no state before it, and a tile may have no row in this step.
         const int64_t tile_row = row0 + tile * kTileRows;
         const bool any = (s > 0 || (!BACKWARD && p.hx)) &&
                          tile_row < (BACKWARD && live_before > now.live ? live_before : now.live);
-        if (any) multiply(copy, tile);
+        Acc* const x_here = x_rows + x_copy * kTileRows * kFusedInput;
+        if (!BACKWARD && x_row < kTileRows) {
+          x_here[x_row * kFusedInput + x_feature] = widen(ahead.x);
+        }
+        any ? multiply(copy, tile) : __syncthreads();
+        Acc results[kItems] = {};  // h or dz
         for_each_item([&](int j, int row, int unit) {
           const int64_t b = tile_row + row;
           if (b >= p.B) return;
-          const int64_t at = (now.first + b) * H + unit0 + unit;
           const Acc sum = any ? sum_of(row, unit) : Acc(0);
           if constexpr (BACKWARD) {
-            Acc dz = 0;
             const int64_t at_b = b * H + unit0 + unit;
             if (b < now.live) {
               Acc c = sum;
               if (b >= live_before && p.grad_h_n) {  // its first visit
                 c += widen(static_cast<const Number*>(p.grad_h_n)[at_b]);
               }
-              dz = (ahead[j].g + c) * slope(ahead[j].h, p.relu);
-              narrow(dz, static_cast<Number*>(p.dz) + at);
+              results[j] = (widen(ahead.g[j]) + c) * slope(Acc(widen(ahead.h[j])), p.relu);
             } else if (b < live_before && p.grad_hx) {  // its last visit was the one before
               narrow(sum, static_cast<Number*>(p.grad_hx) + at_b);
             }
-            publish(copy ^ 1, tile, row, unit0 + unit, dz);
           } else {
             // A row that has ended, or has not begun, keeps its state.
             Acc& h = own[(tile * kTileRows + row) * kUnits + unit];
             if (b < now.live) {
-              h = activate(ahead[j].z + sum, p.relu);
-              narrow(h, static_cast<Number*>(p.out) + at);
+              Acc z = bias[unit];
+              if (p.I == 0) z += ahead.z[j];
+              for (int i = 0; i < p.I; ++i) {
+                z += x_here[row * kFusedInput + i] * w_ih[i * kUnits + unit];
+              }
+              h = activate(z + sum, p.relu);
             }
-            publish(copy ^ 1, tile, row, unit0 + unit, h);
+            results[j] = h;
           }
+          publish(copy ^ 1, tile, row, unit0 + unit, results[j]);
         });
         send(copy ^ 1, tile, rows_of(tile));
-        // Under way while the blocks meet, and during the next product.
-        tile + 1 < tiles ? fetch(now, tile + 1, ahead) : fetch(next, 0, ahead);
+        const bool last = tile + 1 == tiles;
+        if (last) arrive();
+        // What nobody waits for. A packed batch's table is read here too, lest a product wait for it.
+        Number* const to = static_cast<Number*>(BACKWARD ? p.dz : p.out);
+        for_each_item([&](int j, int row, int unit) {
+          const int64_t b = tile_row + row;
+          if (b < now.live) narrow(results[j], to + (now.first + b) * H + unit0 + unit);
+        });
+        next = last ? visit(p, s + 1 < steps ? s + 1 : s, steps) : now;
+        fetch(next, last ? 0 : tile + 1);
       }
-      meet();
+      wait();
       copy ^= 1;
       live_before = now.live;
       now = next;
@@ -348,7 +397,11 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
         }
       });
     }
-    meet();  // before the next rows' state overwrites this
+    // Before the next rows' state overwrites that which the last products read.
+    if (BACKWARD && row0 + int64_t(groups) * tiles * kTileRows < p.B) {
+      arrive();
+      wait();
+    }
   }
 }
 

@@ -18,8 +18,8 @@ static const Variant kVariants[] = {
     variant<ByFma<float, 32, 2, 1, 16, 32, 4>>("cluster 512"),
     variant<ByFma<float, 32, 2, 1, 16, 32, 1>, true>("grid 512 row"),
     variant<ByFma<float, 32, 2, 1, 16, 32, 4>, true>("grid 512"),
-    variant<ByFma<float, 32, 1, 1, 16, 64, 1>, true>("grid 1024 row"),
-    variant<ByFma<float, 32, 1, 1, 16, 64, 4>, true>("grid 1024"),
+    variant<ByFma<float, 16, 2, 1, 16, 32, 1>, true>("grid 1024 row"),
+    variant<ByFma<float, 16, 2, 1, 16, 32, 4>, true>("grid 1024"),
     variant<ByFma<float, 16, 1, 1, 16, 64, 1>, true>("grid 2048 row"),
     variant<ByFma<float, 16, 1, 1, 16, 64, 4>, true>("grid 2048"),
 };

@@ -97,7 +97,8 @@ void mma(Number number, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }
 
 inline unsigned char* dynamic_shared() { return emulation::shared_memory(); }
-inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
 
 inline void store_to_rank(uint4* own, int rank, uint4 value) {
   *static_cast<uint4*>(emulation::of_rank(own, rank, sizeof value)) = value;
@@ -105,12 +106,15 @@ inline void store_to_rank(uint4* own, int rank, uint4 value) {
 
 inline uint4 load_shared_by_grid(const uint4* from) { return *from; }
 
-inline void grid_barrier(unsigned long long* counter, int blocks, unsigned long long meeting) {
+inline void grid_arrive(unsigned long long* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
     ++*counter;
-    emulation::wait([&] { return *counter >= meeting * blocks; });
+    emulation::progressed();
   }
+}
+inline void grid_wait(const unsigned long long* counter, int blocks, unsigned long long meeting) {
+  if (threadIdx.x == 0) emulation::wait([&] { return *counter >= meeting * blocks; });
   __syncthreads();
 }
 

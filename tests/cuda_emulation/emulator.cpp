@@ -63,16 +63,19 @@ struct Barrier {
   int arrived = 0;
   uint64_t generation = 0;
 
-  void meet(int expected) {
+  uint64_t arrive(int expected) {
     const uint64_t mine = generation;
     if (++arrived == expected) {
       arrived = 0;
       ++generation;
-      progressed();
-    } else {
-      wait([&] { return generation != mine; });
     }
+    progressed();
+    return mine;
   }
+  void wait(uint64_t mine) const {
+    emulation::wait([&] { return generation != mine; });
+  }
+  void meet(int expected) { wait(arrive(expected)); }
 };
 
 struct Warp {
@@ -100,6 +103,7 @@ struct Fiber {
   Context context;
   unsigned thread;
   Block* block;
+  uint64_t arrival = 0;  // at the cluster's barrier
   bool done = false;
 };
 
@@ -124,7 +128,23 @@ void run_thread() {
   yield();
 }
 
-// Runs the blocks from `begin` on together, which may meet.
+// Gives fibers [begin, end) a turn each, in a new order. Returns how many of them ended.
+size_t take_turns(std::vector<Fiber>& fibers, size_t begin, size_t end) {
+  const size_t n = end - begin, start = order() % n;
+  size_t stride = 1 + order() % n, ended = 0;
+  while (std::gcd(stride, n) != 1) stride = 1 + stride % n;
+  for (size_t i = 0; i < n; ++i) {
+    Fiber& fiber = fibers[begin + (start + i * stride) % n];
+    if (fiber.done) continue;
+    current = &fiber;
+    switch_to(scheduler, fiber.context);
+    ended += fiber.done;
+  }
+  return ended;
+}
+
+// Runs the blocks from `begin` on together, which may meet. Now and then a warp or a block runs as
+// far ahead of the others as barriers let it.
 void run_blocks(unsigned begin, unsigned end, unsigned cluster_size) {
   const unsigned count = end - begin;
   std::vector<Cluster> clusters((count + cluster_size - 1) / cluster_size);
@@ -148,18 +168,19 @@ void run_blocks(unsigned begin, unsigned end, unsigned cluster_size) {
     prepare(fibers[i].context, stacks.get() + i * stack, stack, run_thread);
   }
   for (size_t left = n; left > 0;) {
-    size_t stride = 1 + order() % n;
-    while (std::gcd(stride, n) != 1) stride = 1 + stride % n;
-    const size_t start = order() % n;
-    const uint64_t before = progress;
-    for (size_t i = 0; i < n; ++i) {
-      Fiber& fiber = fibers[(start + i * stride) % n];
-      if (fiber.done) continue;
-      current = &fiber;
-      switch_to(scheduler, fiber.context);
-      left -= fiber.done;
+    uint64_t before;
+    if (order() % 4 == 0) {
+      const size_t ahead = order() % 2 ? 32 : launch.threads, first = order() % (n / ahead) * ahead;
+      do {
+        before = progress;
+        left -= take_turns(fibers, first, first + ahead);
+      } while (progress != before);
     }
-    if (progress == before) throw std::runtime_error("deadlock: a barrier that not all reach");
+    before = progress;
+    left -= take_turns(fibers, 0, n);
+    if (left > 0 && progress == before) {
+      throw std::runtime_error("deadlock: a barrier that not all reach");
+    }
   }
   for (const Block& block : blocks) {
     for (size_t i = 0; i < kGuard; ++i) {
@@ -178,10 +199,11 @@ Index grid_size() { return {launch.blocks}; }
 void progressed() { ++progress; }
 void yield() { switch_to(current->context, scheduler); }
 void block_barrier() { current->block->barrier.meet(int(launch.threads)); }
-void cluster_barrier() {
+void cluster_arrive() {
   Cluster& cluster = *current->block->cluster;
-  cluster.barrier.meet(int(cluster.blocks.size() * launch.threads));
+  current->arrival = cluster.barrier.arrive(int(cluster.blocks.size() * launch.threads));
 }
+void cluster_wait() { current->block->cluster->barrier.wait(current->arrival); }
 void warp_barrier() { current->block->warps[current->thread / 32].barrier.meet(32); }
 WarpWords& warp_words() { return current->block->warps[current->thread / 32].words; }
 unsigned char* shared_memory() { return current->block->shared; }
@@ -213,6 +235,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
     case cudaDevAttrCooperativeLaunch: *value = 1; break;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 

@@ -17,7 +17,8 @@ Index block_index();
 Index grid_size();
 
 void block_barrier();
-void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 void warp_barrier();
 
 unsigned char* shared_memory();

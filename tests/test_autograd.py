@@ -1,0 +1,164 @@
+"""What autograd promises of outputs, gradients and graphs beyond their values, as of nn.RNN's."""
+
+import threading
+
+import pytest
+import torch
+from helpers import assert_same, pair
+from torch import nn
+from torch.autograd import forward_ad
+
+import rnnfast
+
+KINDS = {
+    "one layer": {},
+    "two layers": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True},
+}
+
+
+@pytest.fixture(params=KINDS)
+def modules(backend, request):
+    """nn.RNN and rnnfast.RNN of one kind, in float64, and an input."""
+    theirs, ours = pair(3, 5, dtype=torch.float64, **KINDS[request.param])
+    return theirs, ours, torch.randn(4, 2, 3, dtype=torch.float64)
+
+
+def cells(seed=0):
+    made = []
+    for cell in (nn.RNNCell, rnnfast.RNNCell):
+        torch.manual_seed(seed)
+        made.append(cell(3, 5))
+    return made
+
+
+def test_states_are_no_views(modules):
+    """Truncated backpropagation detaches them in place; a mask may be learned."""
+    mask = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    for module in modules[:2]:
+        _, h_n = module(modules[2])
+        h_n.detach_()
+        with torch.no_grad():
+            _, h_n = module(modules[2])
+        h_n.mul_(mask)
+        assert h_n.requires_grad
+
+
+def test_a_cells_state_is_no_view(backend):
+    mask = torch.ones(5, requires_grad=True)
+    for cell in cells():
+        cell(torch.randn(2, 3)).detach_()
+        with torch.no_grad():
+            h = cell(torch.randn(2, 3))
+        h.mul_(mask)
+        assert h.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_biases_have_gradients_of_their_own(compiled, kind):
+    """Not the reference's: there they are those of a sum, which PyTorch lets share one tensor."""
+    for module in pair(3, 5, **KINDS[kind]):
+        biases = [p for name, p in module.named_parameters() if name.startswith("bias")]
+        gradients = torch.autograd.grad(module(torch.randn(4, 2, 3))[0].sum(), biases)
+        assert len({g.data_ptr() for g in gradients}) == len(biases)
+        before = gradients[0].clone()
+        gradients[1].zero_()
+        assert torch.equal(gradients[0], before)
+
+
+def test_what_no_gradient_needs_may_change(modules):
+    """With frozen weights, the input and the state after the forward."""
+    results = []
+    for module in modules[:2]:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.startswith("bias"))
+        leaves = [modules[2].clone(), torch.randn_like(module(modules[2])[1])]
+        torch.manual_seed(1)
+        leaves[1].normal_()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        x, h = (leaf * 1 for leaf in leaves)
+        output, _ = module(x, h)
+        with torch.no_grad():
+            x.zero_()
+            h.zero_()
+        output.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves] + [p.grad for p in module.parameters()])
+    for ours, theirs in zip(*results[::-1], strict=True):
+        assert_same(ours, theirs, 4, 8)
+
+
+def test_frozen_weights_do_not_keep_the_input(compiled):
+    kept = []
+    module = rnnfast.RNN(3, 5)
+    module.weight_ih_l0.requires_grad_(False)
+    x = torch.randn(4, 2, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    assert len(kept) > 0
+
+
+def test_forward_mode_through_a_backward(modules):
+    """The derivative of a vjp along its cotangent is the vjp of the direction."""
+    results = []
+    for module in modules[:2]:
+        run = lambda x, module=module: module(x)[0]  # noqa: E731
+        output, vjp = torch.func.vjp(run, modules[2])
+        torch.manual_seed(2)
+        direction, cotangent = torch.randn_like(output), torch.randn_like(output)
+        backward = lambda g, vjp=vjp: vjp(g)[0]  # noqa: E731
+        value, along = torch.func.jvp(backward, (cotangent,), (direction,))
+        assert_same(along, backward(direction), 4, 8)
+        results.append([value, along, torch.func.jacfwd(backward)(cotangent)])
+
+        x = modules[2].clone().requires_grad_()
+        output = module(x)[0]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(cotangent, direction)
+            gradient = torch.autograd.grad(output, [x, *module.parameters()], dual)
+            results[-1] += [forward_ad.unpack_dual(g).tangent for g in gradient]
+    for theirs, ours in zip(*results, strict=True):
+        assert_same(ours, theirs, 4, 8)
+
+
+def test_threads_may_walk_one_graph(backend):
+    """One of them wins; the others are told that the graph was freed, and nothing worse."""
+    module = rnnfast.RNN(3, 8)
+    outcomes = []
+
+    def walk(loss):
+        try:
+            torch.autograd.grad(loss, list(module.parameters()))
+            outcomes.append("done")
+        except RuntimeError as error:
+            outcomes.append(str(error))
+
+    for _ in range(50):
+        output, _ = module(torch.randn(4, 2, 3))
+        threads = [threading.Thread(target=walk, args=((output * i).sum(),)) for i in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(outcomes) == 200
+    assert outcomes.count("done") >= 50
+    assert all("backward through the graph a second time" in o for o in outcomes if o != "done")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_autograd(compiled, kind):
+    theirs, ours = pair(3, 5, dtype=torch.float64, **KINDS[kind])
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    for module in (theirs, ours):
+        with torch._dynamo.config.patch(compiled_autograd=True):
+
+            @torch.compile(backend="eager")
+            def step(x, module=module):
+                loss = module(x)[0].square().sum()
+                loss.backward()
+                return loss
+
+            step(x)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_same(a.grad, b.grad, 4, 8)
