@@ -95,10 +95,7 @@ def test_more_rows_than_run_at_once(device, use, numbers, name, packed):
 
 @pytest.mark.parametrize("numbers", ["f32"])
 def test_more_rows_than_a_grid_holds(device, use, numbers):
-    """All blocks of a grid must be resident, so they take one set of rows after another.
-
-    An odd number of steps ends in the copy of the state that the next rows write first.
-    """
+    """All blocks of a grid must be resident, so they take one set of rows after another."""
     use("grid 512")
     B = 2000 if ON_CPU["cuda"] else 20000
     _, _, tiles, groups = ops()._cuda_plan(0, f32, B, 512, False)

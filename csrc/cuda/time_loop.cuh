@@ -397,7 +397,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
         }
       });
     }
-    // Before the next rows' state overwrites that which the last products read.
+    // Before the next rows' state overwrites that which the last products read. (No plan leaves the
+    // backward further rows: its tiles take no shared memory in a grid, and a cluster has its own.)
     if (BACKWARD && row0 + int64_t(groups) * tiles * kTileRows < p.B) {
       arrive();
       wait();
