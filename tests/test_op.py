@@ -132,7 +132,7 @@ def test_both_directions_need_one_hidden_size():
 
 
 def test_no_op_is_left_unchecked():
-    """Those above; here the rest but the double backward, made of ATen's ops when called."""
+    """Those above; here the rest but two that are made of ATen's ops when they are called."""
     ops = torch.ops.rnnfast
     x, h, *weights = layer(4, 3, 2, 5, requires_grad=True)
     library.opcheck(ops.rnn.default, (x, h.detach()[None], weights))
@@ -140,7 +140,7 @@ def test_no_op_is_left_unchecked():
     library.opcheck(ops._tanh.default, (torch.randn(7),))
     checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
     checked.add("rnn_bidirectional_layer")
-    checked.add("_rnn_layer_double_backward")
+    checked |= {"_rnn_layer_backward_reference", "_rnn_layer_double_backward"}
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]
     # The others only raise, or tell what the CUDA kernels can run.
