@@ -65,6 +65,9 @@ struct ByTensorCores {
     split = threadIdx.x / (32 * WARPS);
     group = threadIdx.x % 32 / 4;
     quad = threadIdx.x % 4;
+    if (transposed && H % kPerLoad == 0 && reinterpret_cast<uintptr_t>(w_hh) % 16 == 0) {
+      return load_vectors(w_hh, H, unit0);
+    }
     RNNFAST_UNROLL
     for (int tile = 0; tile < UNIT_TILES; ++tile) {
       RNNFAST_UNROLL
@@ -82,6 +85,37 @@ struct ByTensorCores {
             narrow(matrix_element(w_hh, H, transposed, k, unit), &pair[0]);
             narrow(matrix_element(w_hh, H, transposed, k + 1, unit), &pair[1]);
             a[tile][step][r] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
+          }
+        }
+      }
+    }
+  }
+
+  // The same where rows of W_hh are the units, 16 bytes a load, which are the terms of two steps as
+  // those of the state are: one by one they take as long as ten steps.
+  __device__ void load_vectors(const Number* w_hh, int H, int unit0) {
+    RNNFAST_UNROLL
+    for (int tile = 0; tile < UNIT_TILES; ++tile) {
+      RNNFAST_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int unit = unit0 + (warp * UNIT_TILES + tile) * 16 + group + half * 8;
+        RNNFAST_UNROLL
+        for (int pair = 0; pair < K_STEPS / 2; ++pair) {
+          const int k = split * kSplitTerms + pair * 4 * kPerLoad + quad * kPerLoad;
+          uint4 loaded = {};
+          if (k < H && unit < H) {
+            loaded = *reinterpret_cast<const uint4*>(w_hh + int64_t(unit) * H + k);
+          }
+          uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+          RNNFAST_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (kTf32) {
+              float w;
+              memcpy(&w, &words[i], 4);
+              w = round_to_tf32(w);
+              memcpy(&words[i], &w, 4);
+            }
+            a[tile][pair * 2 + i / 2][half + i % 2 * 2] = words[i];
           }
         }
       }
