@@ -25,7 +25,6 @@
 namespace rnnfast {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ------------------------------------------------------------------------------------- checks
 
@@ -100,9 +99,6 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
 }
 
 // ----------------------------------------------------------------------------------- the ops
-
-using Outputs = std::tuple<Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs call_rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                        const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,

@@ -15,10 +15,9 @@ namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>& hx,
-                               at::TensorList weights, const std::optional<Tensor>& batch_sizes,
-                               c10::string_view nonlinearity, bool bias, int64_t num_layers,
-                               double dropout, bool bidirectional, bool batch_first) {
+Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+            const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool bias,
+            int64_t num_layers, double dropout, bool bidirectional, bool batch_first) {
   const int64_t directions = bidirectional ? 2 : 1, per_layer = bias ? 4 : 2;
   const int64_t states = num_layers * directions;
   TORCH_CHECK(int64_t(weights.size()) == per_layer * states, "rnnfast: expected ",
@@ -39,9 +38,9 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
       if (hx && num_layers > 1) state = hx->narrow(0, 2 * layer, 2);
       std::tie(x, h_n) = call_rnn_bidirectional_layer(x, state, w, batch_sizes, nonlinearity);
     } else {
-      const auto state = hx ? std::optional<Tensor>(hx->select(0, layer)) : std::nullopt;
-      const auto b_ih = bias ? std::optional<Tensor>(w[2]) : std::nullopt;
-      const auto b_hh = bias ? std::optional<Tensor>(w[3]) : std::nullopt;
+      const auto state = hx ? OptionalTensor(hx->select(0, layer)) : std::nullopt;
+      const auto b_ih = bias ? OptionalTensor(w[2]) : std::nullopt;
+      const auto b_hh = bias ? OptionalTensor(w[3]) : std::nullopt;
       std::tie(x, h_n) = call_rnn_layer(x, state, w[0], w[1], b_ih, b_hh, batch_sizes,
                                         nonlinearity, /*reverse=*/false);
     }
@@ -56,9 +55,9 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const std::optional<Tensor>&
   return {x, at::_unsafe_view_symint(h_n, {1, h_n.sym_size(0), h_n.sym_size(1)})};
 }
 
-Tensor rnn_cell(const Tensor& input, const std::optional<Tensor>& hx, const Tensor& w_ih,
-                const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                const std::optional<Tensor>& b_hh, c10::string_view nonlinearity) {
+Tensor rnn_cell(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                c10::string_view nonlinearity) {
   // h_n: the same numbers as the output of [1, B, H], and no view.
   return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
                                     nonlinearity, /*reverse=*/false));

@@ -39,7 +39,7 @@ struct Steps {
   std::vector<int64_t> first_row;
   Tensor batch_sizes;
 
-  Steps(const Tensor& input, const std::optional<Tensor>& sizes, bool reverse) {
+  Steps(const Tensor& input, const OptionalTensor& sizes, bool reverse) {
     walk.reverse = reverse;
     if (!sizes) {
       walk.seq_len = walk.end = input.size(0);
@@ -256,8 +256,8 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
 
 // b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
 template <class T, class Stored = T>
-const T* pack_bias_into(T*& space, const std::optional<Tensor>& b_ih,
-                        const std::optional<Tensor>& b_hh, int64_t H) {
+const T* pack_bias_into(T*& space, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                        int64_t H) {
   T* packed = space;
   space += time_loop<T>().packed_size(1, H);
   std::fill(packed, space, T(0));
@@ -285,8 +285,8 @@ bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
 }
 
 // out = x W_ih^T + bias, for all steps at once.
-void project(const Tensor& input, const Tensor& w_ih, const std::optional<Tensor>& b_ih,
-             const std::optional<Tensor>& b_hh, Tensor out) {
+void project(const Tensor& input, const Tensor& w_ih, const OptionalTensor& b_ih,
+             const OptionalTensor& b_hh, Tensor out) {
   if (b_ih || b_hh) {
     const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : *b_hh;
     at::addmm_out(out, bias, flat(input), w_ih.t());
@@ -307,9 +307,9 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
 
 // Step by step, the weights as they lie.
 template <class T>
-void forward_by_steps(const Steps& steps, const Tensor& input, const std::optional<Tensor>& hx,
-                      const Tensor& w_ih_, const Tensor& w_hh_, const std::optional<Tensor>& b_ih,
-                      const std::optional<Tensor>& b_hh, bool relu, const Tensor& out) {
+void forward_by_steps(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
+                      const Tensor& w_ih_, const Tensor& w_hh_, const OptionalTensor& b_ih,
+                      const OptionalTensor& b_hh, bool relu, const Tensor& out) {
   const int64_t H = w_hh_.size(0);
   const Walk& walk = steps.walk;
   const Tensor x = adjacent_features(input), w_ih = adjacent_features(w_ih_),
@@ -363,9 +363,9 @@ bool worth_steps_of_library(const Steps& steps, int64_t H) {
   return !steps.packed() && (T == 1 || (steps.rows <= 24 && 0.65 * H * H > 4000.0 * (T - 1)));
 }
 
-Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_out,
-                         const std::optional<Tensor>& grad_h_n, const Tensor& w_hh,
-                         const Tensor& out, bool relu) {
+Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
+                         const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out,
+                         bool relu) {
   const int64_t T = steps.walk.seq_len;
   const auto slope = [&](Tensor to, const Tensor& dh, const Tensor& h) {
     relu ? at::threshold_backward_out(to, dh, h, 0) : at::tanh_backward_out(to, dh, h);
@@ -374,7 +374,7 @@ Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_o
     return x.select(0, steps.walk.reverse ? s : T - 1 - s);
   };
   Tensor dz = at::empty(out.sizes(), out.options());
-  std::optional<Tensor> dh = grad_h_n;
+  OptionalTensor dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
     if (grad_out) dh = dh ? at::add(*dh, last(*grad_out, s)) : last(*grad_out, s);
     Tensor z = last(dz, s);
@@ -385,9 +385,9 @@ Tensor backward_by_steps(const Steps& steps, const std::optional<Tensor>& grad_o
 }
 
 template <class T>
-void forward_loop(const Steps& steps, const Tensor& input, const std::optional<Tensor>& hx,
-                  const Tensor& w_ih, const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                  const std::optional<Tensor>& b_hh, bool relu, const Tensor& out) {
+void forward_loop(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
+                  const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
+                  const OptionalTensor& b_hh, bool relu, const Tensor& out) {
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
   const auto& loop = time_loop<T>();
   Forward<T> f;
@@ -422,8 +422,8 @@ void forward_loop(const Steps& steps, const Tensor& input, const std::optional<T
 }
 
 template <class T>
-Tensor backward_loop(const Steps& steps, const std::optional<Tensor>& grad_out,
-                     const std::optional<Tensor>& grad_h_n, const Tensor& w_hh, const Tensor& out,
+Tensor backward_loop(const Steps& steps, const OptionalTensor& grad_out,
+                     const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out,
                      bool relu) {
   const int64_t H = w_hh.size(0);
   const auto& loop = time_loop<T>();
@@ -462,7 +462,7 @@ constexpr int64_t kOwnOuterSum = 96 * 96;
 // The wanted ones of d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T, d_b = sum dz.
 template <class T>
 void small_weight_gradients(const Steps& steps, const Tensor& dz, const Tensor& input,
-                            const std::optional<Tensor>& hx, const Tensor& out, Tensor& d_w_ih,
+                            const OptionalTensor& hx, const Tensor& out, Tensor& d_w_ih,
                             Tensor& d_w_hh, Tensor& d_b, int64_t I, int64_t H) {
   const auto& loop = time_loop<T>();
   const T* z = dz.const_data_ptr<T>();
@@ -515,7 +515,7 @@ void small_weight_gradients(const Steps& steps, const Tensor& dz, const Tensor& 
 }
 
 // d_w_hh by the library.
-Tensor large_w_hh_gradient(const Steps& steps, const Tensor& dz, const std::optional<Tensor>& hx,
+Tensor large_w_hh_gradient(const Steps& steps, const Tensor& dz, const OptionalTensor& hx,
                            const Tensor& out, const Tensor& w_hh) {
   Tensor sum;
   const auto add = [&](const Tensor& z, const Tensor& h) {
@@ -554,10 +554,6 @@ void check_dtype(const Tensor& input) {
       "rnnfast: the CPU kernel takes float32, float64, bfloat16 and float16, got ",
       input.scalar_type());
 }
-
-using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // ------------------------------------------------------------------------------- 16-bit storage
 //

@@ -19,9 +19,6 @@ namespace rnnfast::cuda {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Outputs = std::tuple<Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 bool is_16bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
