@@ -256,12 +256,12 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
 
 // b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
 template <class T, class Stored = T>
-const T* pack_bias_into(T*& space, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                        int64_t H) {
+const T* pack_bias_into(T*& space, const Direction& layer) {
+  const int64_t H = layer.w_hh.size(0);
   T* packed = space;
   space += time_loop<T>().packed_size(1, H);
   std::fill(packed, space, T(0));
-  for (const auto& bias : {b_ih, b_hh}) {
+  for (const auto& bias : {layer.b_ih, layer.b_hh}) {
     if (!bias) continue;
     const Stored* b = bias->template const_data_ptr<Stored>();
     for (int64_t n = 0; n < H; ++n) packed[n] += static_cast<T>(b[n * bias->stride(0)]);
@@ -285,13 +285,13 @@ bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
 }
 
 // out = x W_ih^T + bias, for all steps at once.
-void project(const Tensor& input, const Tensor& w_ih, const OptionalTensor& b_ih,
-             const OptionalTensor& b_hh, Tensor out) {
+void project(const Tensor& input, const Direction& layer, Tensor out) {
+  const OptionalTensor &b_ih = layer.b_ih, &b_hh = layer.b_hh;
   if (b_ih || b_hh) {
     const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : *b_hh;
-    at::addmm_out(out, bias, flat(input), w_ih.t());
+    at::addmm_out(out, bias, flat(input), layer.w_ih.t());
   } else {
-    at::mm_out(out, flat(input), w_ih.t());
+    at::mm_out(out, flat(input), layer.w_ih.t());
   }
 }
 
@@ -307,22 +307,21 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
 
 // Step by step, the weights as they lie.
 template <class T>
-void forward_by_steps(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-                      const Tensor& w_ih_, const Tensor& w_hh_, const OptionalTensor& b_ih,
-                      const OptionalTensor& b_hh, bool relu, const Tensor& out) {
-  const int64_t H = w_hh_.size(0);
+void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                      const Tensor& out) {
+  const int64_t H = layer.w_hh.size(0);
   const Walk& walk = steps.walk;
-  const Tensor x = adjacent_features(input), w_ih = adjacent_features(w_ih_),
-               w_hh = adjacent_features(w_hh_);
-  const Tensor h0 = hx ? adjacent_features(*hx) : Tensor();
+  const Tensor x = adjacent_features(input);
+  const Tensor w_ih = adjacent_features(layer.w_ih), w_hh = adjacent_features(layer.w_hh);
+  const Tensor h0 = layer.hx ? adjacent_features(*layer.hx) : Tensor();
   const auto x_rows = steps.rows_of<const T>(x);
   const auto out_rows = steps.rows_of<T>(out);
   // One product over all steps, unless it would cost less than its call.
   const bool projected = walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H);
-  if (projected) project(input, w_ih, b_ih, b_hh, flat(out));
+  if (projected) project(input, layer, flat(out));
   Space<T> bias(time_loop<T>().packed_size(1, H));
   T* end = bias.data();
-  pack_bias_into(end, b_ih, b_hh, H);
+  pack_bias_into(end, layer);
 
   int64_t t_last = 0, visited = 0;
   for (int64_t s = 0; s < walk.seq_len; ++s) {
@@ -343,7 +342,7 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const OptionalTen
       const auto h = at(out_rows, t_last, 0);
       add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, at(out_rows, t, 0));
     }
-    if (carried < live && hx) {
+    if (carried < live && h0.defined()) {
       add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
                     live - carried, at(out_rows, t, carried));
     }
@@ -385,10 +384,9 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
 }
 
 template <class T>
-void forward_loop(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-                  const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                  const OptionalTensor& b_hh, bool relu, const Tensor& out) {
-  const int64_t I = w_ih.size(1), H = w_hh.size(0);
+void forward_loop(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                  const Tensor& out) {
+  const int64_t I = layer.w_ih.size(1), H = layer.w_hh.size(0);
   const auto& loop = time_loop<T>();
   Forward<T> f;
   f.walk = steps.walk;
@@ -402,19 +400,19 @@ void forward_loop(const Steps& steps, const Tensor& input, const OptionalTensor&
       (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0);
   Space<T> packed(sizes);
   T* space = packed.data();
-  f.w_hh = pack_into(space, w_hh, true);
+  f.w_hh = pack_into(space, layer.w_hh, true);
   if (fused) {
     x = adjacent_features(input);
     f.input_size = I;
     f.x = steps.rows_of<const T>(x);
-    f.w_ih = pack_into(space, w_ih, true);
-    if (b_ih || b_hh) f.bias = pack_bias_into(space, b_ih, b_hh, H);
+    f.w_ih = pack_into(space, layer.w_ih, true);
+    if (layer.b_ih || layer.b_hh) f.bias = pack_bias_into(space, layer);
   } else {
-    project(input, w_ih, b_ih, b_hh, flat(out));
+    project(input, layer, flat(out));
   }
   Tensor h0;
-  if (hx) {
-    h0 = adjacent_features(*hx);
+  if (layer.hx) {
+    h0 = adjacent_features(*layer.hx);
     f.h0 = Rows<const T>{h0.const_data_ptr<T>(), 0, h0.stride(0)};
   }
   steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<T>(H),
@@ -753,12 +751,12 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   }
 }
 
-void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, const Tensor& input,
-                    const Direction& x, bool relu) {
-  const int64_t I = x.w_ih.size(1), H = x.w_hh.size(0), T = steps.walk.seq_len;
+void narrow_forward(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                    const Tensor& out) {
+  const int64_t I = layer.w_ih.size(1), H = layer.w_hh.size(0), T = steps.walk.seq_len;
   const auto& loop = time_loop<float>();
   const int64_t spare = spare_floats(steps, I, H);
-  const Stretches stretches(steps, x.reverse, H, spare);
+  const Stretches stretches(steps, steps.walk.reverse, H, spare);
   // A packed W_ih of many more weights than the output has numbers would be most of the memory.
   const bool fused = T > 1 && worth_fusing(steps, I, H) && (I <= 8 || steps.rows >= H);
   Space<float> packed((T > 1 ? loop.packed_size(H, H) : 0) +
@@ -768,15 +766,15 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
   f.walk = steps.walk;
   f.hidden_size = H;
   f.relu = relu;
-  const OptionalTensor h0 = widened(x.hx);
+  const OptionalTensor h0 = widened(layer.hx);
   const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
       input.scalar_type(), "rnnfast::rnn_layer",
-      [&] { return pack_bias_into<float, scalar_t>(space, x.b_ih, x.b_hh, H); });
-  if (T > 1) f.w_hh = pack_widened(space, x.w_hh, true);
+      [&] { return pack_bias_into<float, scalar_t>(space, layer); });
+  if (T > 1) f.w_hh = pack_widened(space, layer.w_hh, true);
   if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
   if (fused) {
     f.input_size = I;
-    f.w_ih = pack_widened(space, x.w_ih, true);
+    f.w_ih = pack_widened(space, layer.w_ih, true);
     f.bias = bias;
   }
   const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
@@ -790,7 +788,7 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
     if (!fused) {
       float* to = z.mutable_data_ptr<float>();
       for (int64_t r = 0; r < z.size(0); ++r) std::memcpy(to + r * H, bias, H * sizeof(float));
-      add_widened_linear(z, rows, x.w_ih, T > 1 ? spare / 4 : spare / 2);
+      add_widened_linear(z, rows, layer.w_ih, T > 1 ? spare / 4 : spare / 2);
     }
     if (T > 1) {
       std::tie(f.walk.begin, f.walk.end) = range;
@@ -800,14 +798,13 @@ void narrow_forward(const Tensor& out, const Tensor& h_n, const Steps& steps, co
       steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<float>(H),
                      [&](const Share& share) { loop.forward(f, share); });
     } else {
-      if (h0) add_widened_linear(z, *h0, x.w_hh, spare / 2);
+      if (h0) add_widened_linear(z, *h0, layer.w_hh, spare / 2);
       at::parallel_for(0, z.numel(), 16384, [&](int64_t begin, int64_t end) {
         loop.activate(z.mutable_data_ptr<float>() + begin, end - begin, relu);
       });
     }
     out_s.copy_(z.view(out_s.sizes()));
   }
-  x.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
 }
 
 Gradients narrow_backward(const Steps& steps, const OptionalTensor& grad_out,
@@ -887,16 +884,19 @@ Gradients narrow_backward(const Steps& steps, const OptionalTensor& grad_out,
 
 // One direction, into the rows of `out`, which may lie apart, and a contiguous h_n.
 void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, const Tensor& input,
-                  const Direction& x, c10::string_view nonlinearity) {
+                  const Direction& layer, c10::string_view nonlinearity) {
   if (steps.rows == 0) return;
   const bool relu = nonlinearity == "relu";
-  if (is_reduced(input)) return narrow_forward(out, h_n, steps, input, x, relu);
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-    const auto run = worth_no_packing(steps, x.w_hh.size(0)) ? forward_by_steps<scalar_t>
-                                                             : forward_loop<scalar_t>;
-    run(steps, input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, relu, out);
-  });
-  x.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
+  if (is_reduced(input)) {
+    narrow_forward(steps, input, layer, relu, out);
+  } else {
+    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
+      const auto run = worth_no_packing(steps, layer.w_hh.size(0)) ? forward_by_steps<scalar_t>
+                                                                   : forward_loop<scalar_t>;
+      run(steps, input, layer, relu, out);
+    });
+  }
+  layer.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
 }
 
 // [T, B, features] or packed [rows, features].
@@ -925,18 +925,20 @@ Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
                                 at::TensorList weights, const OptionalTensor& batch_sizes,
                                 c10::string_view nonlinearity) {
   NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-  Tensor out, h_n;
-  for (int64_t d = 0; d < 2; ++d) {
-    const Direction x = direction_of(d, hx, weights);
+  const std::array<Direction, 2> layers = {direction_of(0, hx, weights),
+                                           direction_of(1, hx, weights)};
+  for (const Direction& x : layers) {
     check_layer(input, x.hx, x.w_ih, x.w_hh, x.b_ih, x.b_hh, batch_sizes, nonlinearity);
-    check_dtype(input);
-    const Steps steps(input, batch_sizes, x.reverse);
-    const int64_t H = x.w_hh.size(0);
-    if (d == 0) {
-      out = empty_rows(input, 2 * H);
-      h_n = at::empty({2, steps.walk.batch, H}, input.options());
-    }
-    forward_into(out.narrow(-1, d * H, H), h_n.select(0, d), steps, input, x, nonlinearity);
+  }
+  check_dtype(input);
+  Steps steps(input, batch_sizes, /*reverse=*/false);
+  const int64_t H = layers[0].w_hh.size(0);
+  Tensor out = empty_rows(input, 2 * H);
+  Tensor h_n = at::empty({2, steps.walk.batch, H}, input.options());
+  for (int64_t d = 0; d < 2; ++d) {
+    steps.walk.reverse = layers[d].reverse;
+    forward_into(out.narrow(-1, d * H, H), h_n.select(0, d), steps, input, layers[d],
+                 nonlinearity);
   }
   return {out, h_n};
 }
