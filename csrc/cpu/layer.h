@@ -1,0 +1,301 @@
+// What rnn_layer_cpu.cpp and rnn_layer_16bit.cpp share: where the steps lie and how threads divide
+// them, the packing of weights, and which products are the library's and which our own.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "../op.h"
+#include "time_loop.h"
+
+namespace rnnfast::cpu {
+
+using at::Tensor;
+
+// ----------------------------------------------------------------------------------------- steps
+
+// Multiply-adds. Below so many in all, a second thread costs more (about 4 us to wake) than it
+// brings; below so many a step, meeting at its end (about 0.2 us) does.
+inline constexpr int64_t kWorkPerThread = 200'000, kWorkPerMeeting = 16'000;
+// Fewer rows than these reuse a loaded weight too little.
+inline constexpr int64_t kRowsPerThread = 4;
+
+// Where the steps lie, and the storage that a Walk points into.
+struct Steps {
+  Walk walk;
+  int64_t rows = 0;  // over all steps
+  std::vector<int64_t> first_row;
+  Tensor batch_sizes;
+
+  Steps(const Tensor& input, const OptionalTensor& sizes, bool reverse) {
+    walk.reverse = reverse;
+    if (!sizes) {
+      walk.seq_len = walk.end = input.size(0);
+      walk.batch = input.size(1);
+      rows = walk.seq_len * walk.batch;
+      return;
+    }
+    batch_sizes = sizes->contiguous();
+    walk.seq_len = walk.end = batch_sizes.numel();
+    walk.batch_sizes = batch_sizes.const_data_ptr<int64_t>();
+    walk.batch = walk.batch_sizes[0];
+    first_row.reserve(walk.seq_len);
+    for (int64_t t = 0; t < walk.seq_len; ++t) {
+      first_row.push_back(rows);
+      rows += walk.batch_sizes[t];
+    }
+    walk.first_row = first_row.data();
+  }
+
+  bool packed() const { return walk.first_row != nullptr; }
+
+  // Rows that precede step t <= seq_len.
+  int64_t row(int64_t t) const {
+    return !packed() ? t * walk.batch : t < walk.seq_len ? first_row[t] : rows;
+  }
+
+  // The rows of a [T, B, F] or packed [rows, F] tensor, whose features are adjacent.
+  template <class T, class Scalar = std::remove_const_t<T>>
+  Rows<T> rows_of(const Tensor& x) const {
+    T* data;
+    if constexpr (std::is_const_v<T>) {
+      data = x.const_data_ptr<Scalar>();
+    } else {
+      data = x.mutable_data_ptr<Scalar>();
+    }
+    return packed() ? Rows<T>{data, 0, x.stride(0)} : Rows<T>{data, x.stride(0), x.stride(1)};
+  }
+
+  // x[len(b) - 1, b] for every b, and x[0, b]: the first and last valid step of each sequence.
+  Tensor last(const Tensor& x) const {
+    if (!packed()) return x.select(0, walk.seq_len - 1);
+    const Tensor rows = x.contiguous();
+    Tensor result = at::empty({walk.batch, rows.size(1)}, rows.options());
+    copy_last(rows, result);
+    return result;
+  }
+  Tensor first(const Tensor& x) const {
+    return packed() ? x.narrow(0, 0, walk.batch) : x.select(0, 0);
+  }
+
+  // The same into a contiguous tensor [B, F], from an x whose rows lie a stride apart.
+  void copy_last(const Tensor& x, const Tensor& to) const {
+    if (!packed()) return copy_rows(x, rows - walk.batch, to, 0, walk.batch);
+    for (int64_t t = 0; t < walk.seq_len; ++t) {
+      const int64_t begin = t + 1 < walk.seq_len ? walk.batch_sizes[t + 1] : 0;
+      copy_rows(x, first_row[t] + begin, to, begin, walk.batch_sizes[t] - begin);
+    }
+  }
+  void copy_first(const Tensor& x, const Tensor& to) const { copy_rows(x, 0, to, 0, walk.batch); }
+
+  static void copy_rows(const Tensor& x, int64_t at, const Tensor& to, int64_t to_at, int64_t n) {
+    const size_t bytes = x.size(-1) * x.element_size(), stride = x.stride(-2) * x.element_size();
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + at * stride;
+    char* row = static_cast<char*>(to.mutable_data_ptr()) + to_at * bytes;
+    if (stride == bytes) {
+      std::memcpy(row, from, n * bytes);
+    } else {
+      for (int64_t i = 0; i < n; ++i) std::memcpy(row + i * bytes, from + i * stride, bytes);
+    }
+  }
+
+  // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
+  // after the n rows from `before` on. Runs of steps of equal size are one call.
+  template <class F>
+  void for_each_shift(const F& f) const {
+    const int64_t T = walk.seq_len;
+    for (int64_t t = 1; t < T;) {
+      int64_t end = t + 1;
+      while (end < T && walk.live(end) == walk.live(t)) ++end;
+      const int64_t late = packed() ? first_row[t] : t * walk.batch;
+      const int64_t early = packed() ? first_row[t - 1] : late - walk.batch;
+      // Step t pairs with the first live(t) rows of step t - 1. The later steps of the run follow
+      // on without a gap only where step t - 1 has the run's size as well.
+      const int64_t n = walk.live(t);
+      const int64_t steps = walk.live(t - 1) == n ? end - t : 1;
+      walk.reverse ? f(early, late, n * steps) : f(late, early, n * steps);
+      t += steps;
+    }
+  }
+
+  // Runs loop(share) over all rows and panels of a walk, divided so that every thread has as much
+  // to do: by rows, which then never meet; where the rows are too few to fill a register block in
+  // every thread, by panels of hidden units, the threads meeting after each step.
+  template <class F>
+  void parallel(const Walk& part, int64_t work_per_row, int64_t panels, const F& loop) const {
+    const int64_t B = walk.live(part.begin), rows = row(part.end) - row(part.begin);
+    Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int64_t worth = std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1);
+    const int64_t parts = std::min(threads, worth);
+    const int64_t meeting = std::min({parts, panels, B * work_per_row / kWorkPerMeeting});
+    if (parts > 1 && B < kRowsPerThread * parts && meeting > 1) {
+      Barrier barrier(meeting);
+      at::parallel_for(0, meeting, 1, [&](int64_t begin, int64_t end) {
+        Share share = all;
+        share.p0 = panels * begin / meeting;
+        share.p1 = panels * end / meeting;
+        share.barrier = &barrier;
+        share.parties = end - begin;  // more than one where fewer threads came than were asked for
+        loop(share);
+      });
+      return;
+    }
+    if (parts <= 1 || B <= 1) {
+      loop(all);
+      return;
+    }
+    const int64_t ranges = std::min(parts, B);
+    std::vector<int64_t> bounds(ranges + 1, B);
+    bounds[0] = 0;
+    if (!packed()) {
+      for (int64_t i = 1; i < ranges; ++i) bounds[i] = B * i / ranges;
+    } else {
+      int64_t length = part.end, before = 0, range = 1;
+      for (int64_t b = 0; b < B && range < ranges; ++b) {
+        while (walk.batch_sizes[length - 1] <= b) --length;
+        before += length - part.begin;
+        if (before * ranges >= rows * range) bounds[range++] = b + 1;
+      }
+    }
+    at::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Share share = all;
+        share.b0 = bounds[i];
+        share.b1 = bounds[i + 1];
+        loop(share);
+      }
+    });
+  }
+};
+
+inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+// --------------------------------------------------------------------------------------- packing
+
+template <class T>
+int64_t panels_of(int64_t H) {
+  const int64_t columns = time_loop<T>().panel_columns;
+  return (H + columns - 1) / columns;
+}
+
+// Uninitialised memory for packed weights: small ones stay on the stack.
+template <class T>
+class Space {
+ public:
+  explicit Space(int64_t size) {
+    if (size <= kSmall) return;
+    large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
+  }
+  T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
+
+ private:
+  static constexpr int64_t kSmall = (8 << 10) / sizeof(T);
+  alignas(64) T small_[kSmall];
+  c10::DataPtr large_;
+};
+
+template <class Stored>
+void widen(const Stored* from, int64_t stride, int64_t n, float* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i * stride]);
+  }
+}
+
+// Packs w^T (transposed) or w, of type Stored, into the time loop's panels, shared out where there
+// are many.
+template <class T, class Stored = T>
+const T* pack_into(T*& space, const Tensor& w, bool transposed) {
+  const TimeLoop<T>& loop = time_loop<T>();
+  T* packed = space;
+  const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
+  const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
+  const Stored* weights = w.const_data_ptr<Stored>();
+  constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
+  at::parallel_for(
+      0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
+      [&](int64_t begin, int64_t end) {
+        int64_t n0 = begin * loop.panel_columns;
+        const int64_t n1 = std::min(end * loop.panel_columns, N);
+        if constexpr (std::is_same_v<T, Stored>) {
+          loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
+        } else {
+          Space<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
+          for (; n0 < n1; n0 += loop.panel_columns) {
+            const int64_t columns = std::min(loop.panel_columns, n1 - n0);
+            const Stored* from = weights + n0 * stride_n;
+            const bool by_k = stride_k > stride_n;
+            const int64_t outer = by_k ? K : columns, inner = by_k ? columns : K;
+            const int64_t outer_stride = by_k ? stride_k : stride_n;
+            const int64_t inner_stride = by_k ? stride_n : stride_k;
+            for (int64_t i = 0; i < outer; ++i) {
+              widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
+            }
+            loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns, packed + K * n0);
+          }
+        }
+      });
+  space += loop.packed_size(K, N);
+  return packed;
+}
+
+// b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
+template <class T, class Stored = T>
+const T* pack_bias_into(T*& space, const Direction& layer) {
+  const int64_t H = layer.w_hh.size(0);
+  T* packed = space;
+  space += time_loop<T>().packed_size(1, H);
+  std::fill(packed, space, T(0));
+  for (const auto& bias : {layer.b_ih, layer.b_hh}) {
+    if (!bias) continue;
+    const Stored* b = bias->template const_data_ptr<Stored>();
+    for (int64_t n = 0; n < H; ++n) packed[n] += static_cast<T>(b[n * bias->stride(0)]);
+  }
+  return packed;
+}
+
+// -------------------------------------------------------------------------------------- products
+
+// Whether the projection belongs into the walk over the steps: where a block's rows share each
+// weight that is loaded, and where a call of the library (4 us) costs more than it saves. Else one
+// product over all steps is the better use of the weights.
+inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
+  return I <= 8 || (I <= 256 && steps.walk.batch >= 8) || steps.rows * I * H < 250'000;
+}
+
+// z += x w^T, for some rows. Strides of the features are 1.
+template <class T>
+void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
+  const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, w.const_data_ptr<T>(), w.stride(0),
+                       z.data, z.stride_b};
+  const int64_t work = batch * f.K;
+  at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),
+                   [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
+}
+
+// Up to so many numbers, a weight's gradient is summed over the rows by our own blocks. On Zen 3
+// (AVX2, one thread, GFLOP/s of [H, rows] x [rows, I]), they do 88 and the library 75 at H = I = 64,
+// 78 and 79 at 100, 60 and 78 at 128; and below 32, where calls count, twice the library's.
+inline constexpr int64_t kOwnOuterSum = 96 * 96;
+
+// ------------------------------------------------------------------------------- 16-bit storage
+
+// In rnn_layer_16bit.cpp, called by rnn_layer_cpu.cpp: the output of a forward, and the gradients
+// that output_mask asks for, of tensors stored in bfloat16 or float16. There is at least one row.
+void forward_16bit(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                   const Tensor& out);
+Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
+                         const OptionalTensor& grad_h_n, const Tensor& input,
+                         const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
+                         const Tensor& out, bool relu, std::array<bool, 5> output_mask);
+
+}  // namespace rnnfast::cpu
