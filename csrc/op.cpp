@@ -54,8 +54,9 @@ void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_
   const int64_t rank = batch_sizes ? 2 : 3;
   TORCH_CHECK(input.dim() == rank, "rnnfast: expected input of ", rank, " dimensions, got ",
               input.sizes());
-  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "rnnfast: expected w_ih and w_hh of 2 dimensions, got ",
-              w_ih.sizes(), " and ", w_hh.sizes());
+  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2,
+              "rnnfast: expected w_ih and w_hh of 2 dimensions, got ", w_ih.sizes(), " and ",
+              w_hh.sizes());
   const int64_t I = input.size(-1), H = w_hh.size(0);
   TORCH_CHECK(I > 0 && H > 0, "rnnfast: input_size and hidden_size must be greater than zero, got ",
               I, " and ", H);
@@ -63,8 +64,8 @@ void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_
     const Tensor& sizes = *batch_sizes;
     TORCH_CHECK(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1 &&
                     sizes.is_contiguous(),
-                "rnnfast: expected batch_sizes to be a contiguous 1-D int64 tensor on the CPU, got ",
-                sizes.sizes(), " of ", sizes.scalar_type(), " on ", sizes.device());
+                "rnnfast: expected batch_sizes to be a contiguous 1-D int64 tensor on the CPU, ",
+                "got ", sizes.sizes(), " of ", sizes.scalar_type(), " on ", sizes.device());
     TORCH_CHECK(sizes.numel() > 0, "Expected sequence length to be larger than 0 in RNN");
     const int64_t* n = sizes.const_data_ptr<int64_t>();
     int64_t rows = 0;
@@ -260,8 +261,8 @@ struct RnnLayerBackward : SavingNode {
             gradient_of_b_hh(d_b, need_b_ih, need_b_hh)};
   }
 
-  // Of its own: what a hook or a clipping does to one must not reach the other. (In a trace the copy
-  // would be a kernel to compile.)
+  // Of its own: what a hook or a clipping does to one must not reach the other. (In a trace the
+  // copy would be a kernel to compile.)
   static Tensor gradient_of_b_hh(const Tensor& d_b, bool need_b_ih, bool need_b_hh) {
     if (!need_b_hh) return Tensor();
     const bool traced = d_b.unsafeGetTensorImpl()->is_python_dispatch();
@@ -269,8 +270,8 @@ struct RnnLayerBackward : SavingNode {
   }
 };
 
-// Both directions' outputs are kept as the one tensor that the layer returned. Each half goes through
-// the same differentiable op as a direction of its own would.
+// Both directions' outputs are kept as the one tensor that the layer returned. Each half goes
+// through the same differentiable op as a direction of its own would.
 struct RnnBidirectionalLayerBackward : SavingNode {
   enum { kInput, kHx, kBatchSizes, kOut, kWeights };  // the last: w_ih, w_hh of either direction
 
@@ -409,7 +410,8 @@ Outputs rnn_bidirectional_layer_autograd(const Tensor& input, const OptionalTens
                                          c10::string_view nonlinearity) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !(has_tangent(input) || has_tangent(hx) ||
-        std::any_of(weights.begin(), weights.end(), [](const Tensor& w) { return has_tangent(w); })),
+        std::any_of(weights.begin(), weights.end(),
+                    [](const Tensor& w) { return has_tangent(w); })),
       "rnnfast::rnn_bidirectional_layer", kNoForwardMode);
   const auto below = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -427,7 +429,9 @@ Outputs rnn_bidirectional_layer_autograd(const Tensor& input, const OptionalTens
   node->saved[Node::kInput] = w_ih ? keep(input) : keep_sizes(input);
   node->saved[Node::kHx] = w_hh ? keep(hx) : keep_sizes(hx);
   node->saved[Node::kBatchSizes] = keep(batch_sizes);
-  for (int64_t i = 0; i < 4; ++i) node->saved[Node::kWeights + i] = keep(weights[i / 2 * n + i % 2]);
+  for (int64_t i = 0; i < 4; ++i) {
+    node->saved[Node::kWeights + i] = keep(weights[i / 2 * n + i % 2]);
+  }
   node->per_direction = n;
   node->output = Node::kOut;
   node->nonlinearity = std::string(nonlinearity);

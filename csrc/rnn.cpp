@@ -1,7 +1,7 @@
 // torch.ops.rnnfast.rnn and rnn_cell: a whole RNN and a single step, as calls of the ops of one
-// layer. The loop is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps in
-// Python cost more than the kernel does; being composite, it leaves autograd, autocast and vmap to
-// those ops.
+// layer. The loop is that of rnnfast/functional.py, in C++ because at the smallest sizes its steps
+// in Python cost more than the kernel does; being composite, it leaves autograd, autocast and vmap
+// to those ops.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

@@ -257,9 +257,10 @@ def rnn_layer_backward(
 
         dh_t = g_t + W_hh^T dz_{t+1},    dz_t = dh_t * act'(h_t)
 
-    where ``act'`` is ``1 - h^2`` for tanh and ``[h > 0]`` for ReLU, and the rest is
-    ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``, ``d_w_hh = sum dz_t h_{t-1}^T``,
-    ``d_bias = sum dz_t``.
+    where ``act'`` is ``1 - h^2`` for tanh and ``[h > 0]`` for ReLU, a factor (the CPU kernel and
+    PyTorch choose 0 where ``h <= 0`` instead, so that ``dh_t`` passes where ``h_t`` is NaN), and
+    the rest is ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``,
+    ``d_w_hh = sum dz_t h_{t-1}^T``, ``d_bias = sum dz_t``.
     """
     if input.dtype in _REDUCED:
         wide: Any = (

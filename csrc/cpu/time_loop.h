@@ -4,8 +4,9 @@
 //   forward   h[t,b,:] = act( bias + x[t,b,:] W_ih^T + h[t-1,b,:] W_hh^T )
 //   backward  z'[t,b,:] = (g[t,b,:] + z'[t+1,b,:] W_hh) * act'(h[t,b,:])
 //
-// with act' written in terms of the output: 1 - h^2 for tanh, [h > 0] for ReLU, so that the
-// output is all that a backward needs to keep. z' is the gradient of the pre-activation.
+// with act' written in terms of the output, so that the output is all that a backward needs to
+// keep: 1 - h^2 for tanh; for ReLU a choice, z' = 0 where h <= 0 and else the bracket, which so
+// passes where h is NaN, as in PyTorch. z' is the gradient of the pre-activation.
 #pragma once
 
 #include <sched.h>

@@ -121,8 +121,9 @@ RNNFAST_INLINE void store_nth(T* p, int n, int last, V<T> v) {
 
 // -------------------------------------------------------------------------------------- tanh
 //
-// |x| < 5/16: x + x z P(z), z = x^2;  beyond: sign(x) t / (t + 2), t = exp(2|x|) - 1, whose relative
-// error counts 2 / (t + 2) times. NaN passes through both, infinities give +-1, -0 stays -0.
+// |x| < 5/16: x + x z P(z), z = x^2;  beyond: sign(x) t / (t + 2), t = exp(2|x|) - 1, whose
+// relative error counts 2 / (t + 2) times. NaN passes through both, infinities give +-1, -0 stays
+// -0.
 // exp(2|x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), 2|x| = n ln2 + r. Coefficients: minimax (Remez
 // exchange); tests/test_op.py measures the result, at most 1.5 ulp in float.
 
@@ -429,7 +430,8 @@ struct ForwardCell {
       z.add(out, f.out.stride_b, last);
     }
     if (self.t_next >= 0) {
-      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + p * kPanel * L<T>, f.out.stride_b);
+      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + p * kPanel * L<T>,
+                              f.out.stride_b);
     }
     V<T> h[(M * vectors + 3) / 4 * 4] = {};
 #pragma GCC unroll 16
@@ -563,13 +565,15 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
   }
 }
 
-// Every step of the walk, of the share's panels of rows [b0, b1). Sequences are sorted by length, so the rows
-// alive at a step are a prefix, and so are those of them that the step before also visited.
+// Every step of the walk, of the share's panels of rows [b0, b1). Sequences are sorted by length,
+// so the rows alive at a step are a prefix, and so are those of them that the step before also
+// visited.
 template <class Cell>
 void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
   const Walk& walk = cell.walk();
   // Not where all steps fit the second-level cache, nor where one step alone would fill it.
-  const int64_t step_bytes = (b1 - b0) * cell.hidden_size() * int64_t(sizeof(typename Cell::Scalar));
+  const int64_t step_bytes =
+      (b1 - b0) * cell.hidden_size() * int64_t(sizeof(typename Cell::Scalar));
   const int64_t steps = walk.end - walk.begin;
   const bool prefetching = step_bytes <= 128 << 10 && step_bytes * steps > 256 << 10;
   int64_t t_last = cell.backwards() ? walk.end : walk.begin - 1;
@@ -724,7 +728,9 @@ void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
     }
   };
   int64_t k = 0;
-  for (; k + L<T> <= f.K; k += L<T>) add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return load(p); });
+  for (; k + L<T> <= f.K; k += L<T>) {
+    add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return load(p); });
+  }
   if (k < f.K) {
     const int left = int(f.K - k);
     add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return load_part(p, left); });
