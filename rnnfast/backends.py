@@ -96,11 +96,12 @@ def _load_extension() -> str | None:
     if cuda and cuda.split(".")[0] != (has or "").split(".")[0]:  # the runtime's name has the major
         here = f"CUDA {has}" if has else "no CUDA"
         return f"the C++ extension was built for CUDA {cuda} and this torch {running} has {here}."
-    library = next(Path(__file__).parent.glob("_C.*"), None)
-    if library is None:
+    # setup.py builds _C.abi3.so; a _C.cpython-*.so beside it is left from an older build in place.
+    libraries = sorted(Path(__file__).parent.glob("_C.*"), key=lambda p: ".abi3." not in p.name)
+    if not libraries:
         return "the C++ extension is missing from the package, which was built with it."
     try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ extension does not load ({error})."
     return None

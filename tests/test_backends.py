@@ -169,6 +169,14 @@ def test_without_the_extension_one_warning_says_why_and_the_reference_runs(
     assert "pip install --no-build-isolation" in run.stderr
 
 
+def test_an_extension_left_from_an_older_build_in_place_is_not_taken(copy_of_package):
+    for name in ("_C.cpython-310-x86_64-linux-gnu.so", "_C.abi3.so", "_C.cpython-39.so"):
+        (copy_of_package / name).write_text("not a shared object")
+    record = {"extension": True, "torch": str(torch.__version__)}
+    (copy_of_package / "_build.json").write_text(json.dumps(record))
+    assert str(copy_of_package / "_C.abi3.so") in fallback(copy_of_package).stderr
+
+
 def test_without_the_extension_importing_alone_is_silent(copy_of_package):
     run = fallback(copy_of_package, "import rnnfast")
     assert (run.returncode, run.stderr) == (0, "")
