@@ -1,5 +1,6 @@
-"""RNNs on raw weights: layers, directions, dropout and layouts, as calls of one op per layer and
-direction. :mod:`rnnfast.modules` holds the parameters; :mod:`rnnfast.backends` picks the kernel.
+"""RNNs on raw weights: layers, directions, dropout and layouts, as calls of one op per layer (in
+traces, per layer and direction). :mod:`rnnfast.modules` holds the parameters;
+:mod:`rnnfast.backends` picks the kernel.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ def rnn(
         ``[num_layers * D, B, H]``.
 
     Raises:
-        RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
+        RuntimeError: an unknown nonlinearity; tensors whose number, sizes, dtypes or devices do not
+            fit, naming what was expected.
     """
+    if nonlinearity not in ("tanh", "relu"):
+        raise reference.unknown_nonlinearity(nonlinearity)
     hidden_size = weights[1].size(-1) if len(weights) > 1 else None
     backend = backends.select(input, hidden_size, batch_sizes is not None)
     if _takes_whole_calls(backend):  # the loop below, without its overhead
@@ -184,8 +188,11 @@ def rnn_cell(
         The new state, ``[B, H]``.
 
     Raises:
-        RuntimeError: tensors whose sizes, dtypes or devices do not fit, naming what was expected.
+        RuntimeError: an unknown nonlinearity; tensors whose sizes, dtypes or devices do not fit,
+            naming what was expected.
     """
+    if nonlinearity not in ("tanh", "relu"):
+        raise reference.unknown_nonlinearity(nonlinearity)
     if input.size(1) != w_ih.size(1):
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}"

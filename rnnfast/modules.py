@@ -84,7 +84,7 @@ class RNN(nn.RNNBase):
             args = args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if nonlinearity not in _MODES:
+        if nonlinearity not in tuple(_MODES):  # what cannot be a key is as unknown as another name
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
@@ -144,9 +144,12 @@ class RNN(nn.RNNBase):
             self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:
             self.check_forward_args(input, hx, batch_sizes)
+        mode = self.mode
+        if mode not in ("RNN_TANH", "RNN_RELU"):
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {mode}")
         return functional.rnn(
             input, hx, self._flat_weights,  # type: ignore[arg-type]
-            batch_sizes, "relu" if self.mode == "RNN_RELU" else "tanh", self.bias, self.num_layers,
+            batch_sizes, "relu" if mode == "RNN_RELU" else "tanh", self.bias, self.num_layers,
             self.dropout, self.training, self.bidirectional, self.batch_first,
         )  # fmt: skip
 
@@ -157,7 +160,10 @@ class RNN(nn.RNNBase):
         it is asked only where a weight is not the parameter that it was.
         """
         parameters = self._parameters
-        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True):
+        named = zip(self._flat_weights_names, self._flat_weights, strict=True)
+        for i, (name, weight) in enumerate(named):
+            if weight is None and i:  # the first is asked for its dtype, where nn.RNN fails too
+                raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
             if parameters.get(name) is not weight:
                 self._update_flat_weights()
                 return
@@ -182,7 +188,7 @@ class RNNCell(nn.RNNCell):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        if self.nonlinearity not in _MODES:
+        if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         batched = input.dim() == 2
         if not batched:

@@ -18,10 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["check_layer", "rnn_layer", "rnn_layer_backward", "rnn_layer_double_backward"]
+__all__ = [
+    "check_layer",
+    "rnn_layer",
+    "rnn_layer_backward",
+    "rnn_layer_double_backward",
+    "unknown_nonlinearity",
+]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
 _REDUCED = (torch.bfloat16, torch.float16)
+
+
+def unknown_nonlinearity(nonlinearity: object) -> RuntimeError:
+    """The compiled op's error about a nonlinearity that is neither ``"tanh"`` nor ``"relu"``."""
+    return RuntimeError(
+        f"rnnfast: unknown nonlinearity '{nonlinearity}', expected 'tanh' or 'relu'"
+    )
 
 
 def check_layer(
@@ -36,9 +49,7 @@ def check_layer(
 ) -> None:
     """Raise RuntimeError unless the tensors form one layer, as the compiled op does."""
     if nonlinearity not in _ACTIVATIONS:
-        raise RuntimeError(
-            f"rnnfast: unknown nonlinearity '{nonlinearity}', expected 'tanh' or 'relu'"
-        )
+        raise unknown_nonlinearity(nonlinearity)
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(f"rnnfast: expected input of {rank} dimensions, got {list(input.shape)}")

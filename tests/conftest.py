@@ -10,7 +10,8 @@ from rnnfast import triton_layer
 # The GPU's kernels run on CPU tensors where TRITON_INTERPRET=1 or RNNFAST_EMULATE_CUDA=1; else on a
 # GPU, where the marker asks for it: pytest -m gpu.
 EMULATED = os.environ.get("RNNFAST_EMULATE_CUDA", "0") not in ("", "0")
-ON_CPU = {"cpu": True, "reference": True, "triton": triton_layer.INTERPRETED, "cuda": EMULATED}
+ON_CPU = {"cpu": True, "reference": True, "torch": True}
+ON_CPU |= {"triton": triton_layer.INTERPRETED, "cuda": EMULATED}
 TRITON, CUDA = (
     name if ON_CPU[name] else pytest.param(name, marks=pytest.mark.gpu)
     for name in ("triton", "cuda")
@@ -54,13 +55,23 @@ def device_of(backend, request):
     return torch.device("cpu") if ON_CPU[backend] else request.getfixturevalue("gpu")
 
 
-@pytest.fixture(params=["cpu", "reference", CUDA, TRITON])
-def backend(request):
-    """Runs the test on each backend of this machine; on a GPU, tensors are made there."""
-    if request.param != "reference":
+def forced(request):
+    if request.param not in ("reference", "torch"):
         require_extension()
     with rnnfast.backend(request.param), device_of(request.param, request):
         yield request.param
+
+
+@pytest.fixture(params=["cpu", "reference", CUDA, TRITON])
+def backend(request):
+    """Runs the test on each backend of this machine; on a GPU, tensors are made there."""
+    yield from forced(request)
+
+
+@pytest.fixture(params=["cpu", "reference", "torch", CUDA, TRITON])
+def any_backend(request):
+    """The same, and PyTorch's own RNN through our checks and layouts."""
+    yield from forced(request)
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
-"""Bad calls raise what nn.RNN raises: the same exception type, and the shapes in the message."""
+"""Bad calls raise what nn.RNN raises: the same exception type, and the same words or the shapes,
+dtypes or devices that did not fit."""
+
+import re
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 
 
-def packed():
-    return pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+def packed(device=None):
+    batch_sizes = torch.tensor([2, 2, 1, 1], device="cpu")  # whatever the default device is
+    return PackedSequence(torch.randn(6, 3, device=device), batch_sizes)
 
 
 # name: (constructor arguments, arguments of the call)
@@ -28,6 +32,7 @@ CASES = {
     "hx features": ({}, lambda: (torch.randn(4, 2, 3), torch.randn(1, 2, 6))),
     "hx layers": (dict(num_layers=2), lambda: (torch.randn(4, 2, 3), torch.randn(1, 2, 5))),
     "hx dtype": ({}, lambda: (torch.randn(4, 2, 3), torch.randn(1, 2, 5).double())),
+    "hx dtype, packed": ({}, lambda: (packed(), torch.randn(1, 2, 5).double())),
     "hx batch, packed": ({}, lambda: (packed(), torch.randn(1, 3, 5))),
     "features, packed": (dict(input_size=4), lambda: (packed(),)),
     "dtype, packed": (dict(dtype=torch.float64), lambda: (packed(),)),
@@ -35,31 +40,110 @@ CASES = {
     "none": ({}, lambda: (None,)),
     "rows missing, packed": (
         {},
-        lambda: (PackedSequence(torch.randn(3, 3), torch.tensor([2, 2])),),
+        lambda: (PackedSequence(torch.randn(3, 3), torch.tensor([2, 2], device="cpu")),),
     ),
+    "input on meta": ({}, lambda: (torch.randn(4, 2, 3, device="meta"),)),
+    "input on meta, packed": ({}, lambda: (packed("meta"), torch.randn(1, 2, 5))),
+    "hx on meta": ({}, lambda: (torch.randn(4, 2, 3), torch.randn(1, 2, 5, device="meta"))),
+    "hx on meta, packed": ({}, lambda: (packed(), torch.randn(1, 2, 5, device="meta"))),
+    "weights on meta": (dict(device="meta"), lambda: (torch.randn(4, 2, 3),)),
+}
+# nn.RNN's words come from whichever ATen function fails first: ours name the tensor.
+OWN_WORDS = {
+    "hx dtype": "expected hx of dtype",
+    "hx dtype, packed": "expected hx of dtype",
+    "rows missing, packed": "expected packed input of 4 rows",
+    "input on meta": "on meta",
+    "input on meta, packed": "on meta",
+    "hx on meta": "expected hx on .* like the input, got meta",
+    "hx on meta, packed": "expected hx on .* like the input, got meta",
+    "weights on meta": "expected w_ih on .* like the input, got meta",
 }
 
 
+def failures(call):
+    """What the same call of either class raises: nn.RNN's, ours."""
+    raised = []
+    for rnn in (nn.RNN, rnnfast.RNN):
+        with pytest.raises(Exception) as error:  # noqa: PT011 - the type is what is compared
+            call(rnn)
+        raised.append(error.value)
+    return raised
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_bad_calls_raise_what_nn_rnn_raises(backend, case):
-    kwargs, args = CASES[case]
+def test_bad_calls_raise_what_nn_rnn_raises(any_backend, case):
+    kwargs, make = CASES[case]
     kwargs = dict(input_size=3, hidden_size=5) | kwargs
-    args = args()
-    with pytest.raises(Exception) as theirs:  # noqa: PT011 - the type is what is compared
-        nn.RNN(**kwargs)(*args)
-    with pytest.raises(Exception) as ours:  # noqa: PT011
-        rnnfast.RNN(**kwargs)(*args)
-    assert type(ours.value) is type(theirs.value), (ours.value, theirs.value)
-    if case not in ("hx dtype", "rows missing, packed"):  # ATen's own words there
-        assert str(ours.value) == str(theirs.value)
+    args = make()
+    theirs, ours = failures(lambda rnn: rnn(**kwargs)(*args))
+    assert type(ours) is type(theirs), (ours, theirs)
+    if case not in OWN_WORDS or any_backend == "torch":
+        assert str(ours) == str(theirs)
+    else:
+        assert re.search(OWN_WORDS[case], str(ours))
 
 
-def test_functional_names_what_it_expected(backend):
-    weights = [torch.randn(5, 3), torch.randn(5, 5), torch.randn(5), torch.randn(5)]
-    x = torch.randn(4, 2, 3)
-    with pytest.raises(RuntimeError, match=r"expected 8 weights.*got 4"):
-        rnnfast.functional.rnn(x, None, weights, num_layers=2)
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("change", [dict(dtype=torch.float64), dict(device="meta"), None], ids=str)
+def test_a_parameter_that_does_not_fit_raises_what_nn_rnn_raises(any_backend, name, change):
+    def call(rnn):
+        module = rnn(3, 5)
+        weight = getattr(module, name).detach()
+        setattr(module, name, None if change is None else nn.Parameter(weight.to(**change)))
+        module(torch.randn(4, 2, 3))
+
+    theirs, ours = failures(call)
+    assert type(ours) is type(theirs), (ours, theirs)
+    if change is None or isinstance(theirs, ValueError) or any_backend == "torch":
+        assert str(ours) == str(theirs)
+    else:
+        operand = name.replace("weight", "w").replace("bias", "b").removesuffix("_l0")
+        assert f"expected {operand} o" in str(ours)
+
+
+@pytest.mark.parametrize("nonlinearity", ["nope", "RNN_TANH", None, ["tanh"]])
+def test_an_unknown_nonlinearity_is_refused_by_the_constructor(nonlinearity):
+    for args, kwargs in ((), dict(nonlinearity=nonlinearity)), ((1, nonlinearity), {}):
+        theirs, ours = failures(lambda rnn: rnn(3, 5, *args, **kwargs))  # noqa: B023
+        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_an_unknown_mode_is_refused_by_the_call(any_backend, kind):
+    def call(rnn):
+        module = rnn(3, 5)
+        module.mode = "GRU"
+        module(packed() if kind == "packed" else torch.randn(4, 2, 3))
+
+    theirs, ours = failures(call)
+    assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+def raw(bias=True):
+    return [torch.randn(s) for s in ((5, 3), (5, 5), (5,), (5,))[: 4 if bias else 2]]
+
+
+def test_functional_names_what_it_expected(any_backend):
+    weights, x = raw(), torch.randn(4, 2, 3)
+    run = rnnfast.functional.rnn
+    for n in (0, 1, 3, 4, 7):
+        with pytest.raises(RuntimeError, match=rf"expected 8 weights.*got {n}$"):
+            run(x, None, [*weights, *weights][:n], num_layers=2)
+    with pytest.raises(RuntimeError, match=r"expected 4 weights.*bidirectional=True.*got 2$"):
+        run(x, None, raw(bias=False), bias=False, bidirectional=True)
     with pytest.raises(RuntimeError, match=r"hx of 3 dimensions, the first 1, got \[2, 2, 5\]"):
-        rnnfast.functional.rnn(x, torch.randn(2, 2, 5), weights)
-    with pytest.raises(RuntimeError, match=r"w_ih of size \[5, 3\], got \[5, 4\]"):
-        rnnfast.functional.rnn(x, None, [torch.randn(5, 4), *weights[1:]])
+        run(x, torch.randn(2, 2, 5), weights)
+    if any_backend != "torch":  # whose words are PyTorch's from here on
+        with pytest.raises(RuntimeError, match=r"w_ih of size \[5, 3\], got \[5, 4\]"):
+            run(x, None, [torch.randn(5, 4), *weights[1:]])
+
+
+@pytest.mark.parametrize("nonlinearity", ["nope", "TANH", None, ["tanh"]])
+def test_functional_refuses_an_unknown_nonlinearity(any_backend, nonlinearity):
+    weights, x = raw(), torch.randn(4, 2, 3)
+    words = re.escape(f"unknown nonlinearity '{nonlinearity}', expected 'tanh' or 'relu'")
+    with pytest.raises(RuntimeError, match=words):
+        rnnfast.functional.rnn(x, None, weights, nonlinearity=nonlinearity)
+    with pytest.raises(RuntimeError, match=words):
+        rnnfast.functional.rnn_cell(x[0], None, *weights, nonlinearity=nonlinearity)

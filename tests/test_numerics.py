@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_same, compare, pair, ramp, run
+from helpers import assert_as_accurate, assert_same, compare, pair, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -470,14 +470,41 @@ def test_generated_calls(name, call):
         compare(theirs, ours, x, hx)
 
 
-def test_functional_rnn_on_raw_weights(backend):
-    ours = rnnfast.RNN(3, 5, 2, bidirectional=True)
-    x, hx = torch.randn(4, 2, 3), torch.randn(4, 2, 5)
-    weights = [w for layer in ours.all_weights for w in layer]
-    actual = rnnfast.functional.rnn(x, hx, weights, num_layers=2, bidirectional=True)
-    for a, b in zip(actual, ours(x, hx), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(ramp(x), ramp(x))
+@pytest.mark.parametrize("kind", ["dense", "batch_first", "packed"])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("config", [{}, dict(bias=False, nonlinearity="relu"), dict(dropout=0.4)])
+def test_functional_rnn_on_raw_weights(any_backend, kind, with_state, config):
+    config = dict(num_layers=2, bidirectional=True) | config
+    batch_first = kind == "batch_first"
+    theirs = nn.RNN(3, 5, batch_first=batch_first, dtype=f64, **config)
+    weights = [w for layer in theirs.all_weights for w in layer]
+    if kind == "packed":
+        x = pack_sequence([torch.randn(n, 3, dtype=f64) for n in (6, 4, 4, 1)])
+        data, batch_sizes = x.data, x.batch_sizes
+    else:
+        x = data = torch.randn(4, 6, 3, dtype=f64)
+        batch_sizes = None
+    batch = 6 if kind == "dense" else 4
+    hx = torch.randn(4, batch, 5, dtype=f64) if with_state else None
+    for training in (False, True) if data.is_cpu else (False,):  # cuDNN has masks of its own
+        torch.manual_seed(11)
+        expected = theirs.train(training)(x, hx)
+        torch.manual_seed(11)
+        actual = rnnfast.functional.rnn(
+            data, hx, weights, batch_sizes, training=training, batch_first=batch_first, **config
+        )
+        assert_same(actual[0], expected[0].data, 6, 18, "out")
+        assert_same(actual[1], expected[1], 6, 18, "h_n")
+
+
+@pytest.mark.parametrize("config", [{}, dict(bias=False, nonlinearity="relu")])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_functional_rnn_cell_on_raw_weights(any_backend, config, with_state):
+    theirs = nn.RNNCell(3, 5, dtype=f64, **config)
+    x, hx = torch.randn(4, 3, dtype=f64), torch.randn(4, 5, dtype=f64) if with_state else None
+    weights = [theirs.weight_ih, theirs.weight_hh, theirs.bias_ih, theirs.bias_hh]
+    actual = rnnfast.functional.rnn_cell(x, hx, *weights, theirs.nonlinearity)
+    assert_same(actual, theirs(x, hx), 1, 8)
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
