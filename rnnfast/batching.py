@@ -86,6 +86,28 @@ def _rnn_layer_backward(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
     return (*outputs, None, None, None), (*out_dims, None, None, None)
 
 
+def _of_any_size(rule: _Rule) -> _Rule:
+    """The rule, for no members too: what it makes of one member of zeros, less that member.
+
+    So errors, shapes and the ways of gradients are those of other sizes.
+    """
+
+    def with_none(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+        if info.batch_size > 0:
+            return rule(info, dims, *args)
+        one = [
+            torch.cat([x, x.new_zeros(*x.shape[:d], 1, *x.shape[d + 1 :])], d)
+            if isinstance(d, int)
+            else x
+            for x, d in zip(args, dims, strict=True)
+        ]
+        outputs, out_dims = rule(info._replace(batch_size=1), dims, *one)
+        pairs = zip(outputs, out_dims, strict=True)
+        return tuple(x if x is None else x.narrow(d, 0, 0) for x, d in pairs), out_dims
+
+    return with_none
+
+
 def register() -> None:
     """Register the rules with the ops that the extension has defined."""
     rules: dict[str, _Rule] = {
@@ -93,4 +115,4 @@ def register() -> None:
         "rnnfast::rnn_layer_backward": _rnn_layer_backward,
     }
     for name, rule in rules.items():
-        library.register_vmap(name, rule)
+        library.register_vmap(name, _of_any_size(rule))

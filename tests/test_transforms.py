@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
@@ -159,6 +160,31 @@ def test_vmap_over_parameters_is_an_ensemble(backend, kind, own_input, nonlinear
     pick = range(N) if own_input else [0] * N
     expected = stacked([call(m, kind, x[n], hx[0]) for m, n in zip(models, pick, strict=True)])
     same(actual, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_no_members_are_results_of_none(backend, kind, bidirectional):
+    """As of torch's own operations, gradients included: zeros of what the members share."""
+    ours, x, hx = make(kind, bidirectional=bidirectional)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    none = {name: p.expand(N, *p.shape)[:0] for name, p in parameters.items()}
+
+    def member(x, hx, parameters):
+        return call(ours, kind, x, hx, parameters)
+
+    def gradients(x, hx, parameters):
+        first = grad(lambda *args: call(ours, kind, *args)[0].sum(), argnums=(0, 1, 2))
+        return first(x, hx, parameters)
+
+    for function in (member, gradients):
+        some = vmap(function, in_dims=(0, 0, None))(x, hx, parameters)
+        for own, dims in ((parameters, (0, 0, None)), (none, (0, 0, 0))):
+            actual = vmap(function, in_dims=dims)(x[:0], hx[:0], own)
+            same(actual, tree_map(lambda y: y[:0], some))
+    out, _ = vmap(member, in_dims=(0, 0, None))(x[:0], hx[:0], dict(ours.named_parameters()))
+    out.sum().backward()
+    assert torch.count_nonzero(ours.weight_hh_l0.grad) == 0
 
 
 @pytest.mark.parametrize("kind", ["dense", "packed"])
