@@ -51,6 +51,7 @@ def _fake_rnn_bidirectional_layer(
     batch_sizes: Tensor | None,
     nonlinearity: str,
 ) -> tuple[Tensor, Tensor]:
+    reference.check_directions(hx, weights)
     half = len(weights) // 2
     biases = (None, None) if half == 2 else ()
     forth, back = (

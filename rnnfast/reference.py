@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "check_directions",
     "check_layer",
     "rnn_layer",
     "rnn_layer_backward",
@@ -84,6 +85,24 @@ def check_layer(
             raise RuntimeError(
                 f"rnnfast: expected {name} on {input.device} like the input, got {x.device}"
             )
+
+
+def check_directions(hx: Tensor | None, weights: Sequence[Tensor]) -> None:
+    """Raise RuntimeError unless these are of two directions, as the compiled op does first."""
+    if len(weights) not in (4, 8):
+        raise RuntimeError(
+            f"rnnfast: expected 4 weights, or 8 with biases, for two directions, got {len(weights)}"
+        )
+    if hx is not None and (hx.dim() != 3 or hx.shape[0] != 2):
+        raise RuntimeError(
+            f"rnnfast: expected hx of 3 dimensions, the first 2, got {list(hx.shape)}"
+        )
+    forth, back = weights[1], weights[len(weights) // 2 + 1]
+    if forth.shape != back.shape:
+        raise RuntimeError(
+            "rnnfast: expected w_hh of one size in both directions, got "
+            f"{list(forth.shape)} and {list(back.shape)}"
+        )
 
 
 def _each(f: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Any]:

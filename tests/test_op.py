@@ -119,9 +119,11 @@ def test_both_directions_are_those_of_the_one_op(sample):
     assert torch.equal(results[0][0], results[1][0])
 
 
-def test_both_directions_need_one_hidden_size():
-    x, h, *weights = layer(4, 3, 2, 5)
-    other = layer(4, 3, 2, 6)[2:]
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: the fake kernel's checks
+def test_both_directions_need_one_hidden_size(device):
+    with torch.device(device):
+        x, h, *weights = layer(4, 3, 2, 5)
+        other = layer(4, 3, 2, 6)[2:]
     op = torch.ops.rnnfast.rnn_bidirectional_layer
     with pytest.raises(RuntimeError, match=r"w_hh of one size.*\[5, 5\].*\[6, 6\]"):
         op(x, None, [*weights, *other], None, "tanh")
