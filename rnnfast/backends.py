@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,18 @@ def _load_extension() -> str | None:
 
 extension_error: str | None = _load_extension()
 _warned = False
+_LIBRARIES = tuple(os.path.dirname(file) + os.sep for file in (__file__, str(torch.__file__)))
+
+
+def _stack_level() -> int:
+    """For a warning of the caller's: up to the first line that is neither ours nor torch's.
+
+    What ``skip_file_prefixes`` is from Python 3.12 on.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _warn_fallback() -> None:
@@ -118,7 +131,7 @@ def _warn_fallback() -> None:
         warnings.warn(
             f"rnnfast runs on its slow pure-PyTorch reference: {extension_error} {_HOW_TO_BUILD}",
             FallbackWarning,
-            stacklevel=5,
+            stacklevel=_stack_level(),
         )
 
 

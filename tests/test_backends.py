@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -175,6 +176,31 @@ def test_an_extension_left_from_an_older_build_in_place_is_not_taken(copy_of_pac
     record = {"extension": True, "torch": str(torch.__version__)}
     (copy_of_package / "_build.json").write_text(json.dumps(record))
     assert str(copy_of_package / "_C.abi3.so") in fallback(copy_of_package).stderr
+
+
+def test_without_the_extension_the_warning_names_the_callers_line(copy_of_package):
+    script = copy_of_package.parent / "script.py"
+    uses = [
+        "rnnfast.RNN(3, 5)(x)",
+        "nn.Sequential(rnnfast.RNN(3, 5))(x)",
+        "rnnfast.RNNCell(3, 5)(x[0])",
+        "rnnfast.functional.rnn(x, None, w, bias=False)",
+        "rnnfast.functional.rnn_cell(x[0], None, *w)",
+        "checkpoint(rnnfast.RNN(3, 5), x, use_reentrant=False)",
+    ]
+    script.write_text(
+        "import rnnfast, torch, warnings; from torch import nn\n"
+        "from torch.utils.checkpoint import checkpoint\n"
+        "x, w = torch.ones(4, 2, 3), [torch.ones(5, 3), torch.ones(5, 5)]\n"
+        + "\nrnnfast.backends._warned = False\n".join(uses)
+    )
+    run = subprocess.run(
+        [sys.executable, script], env=environment(PYTHONPATH=str(copy_of_package.parent)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = re.findall(r"^(.*):(\d+): FallbackWarning", run.stderr, re.MULTILINE)
+    assert lines == [(str(script), str(4 + 2 * i)) for i in range(len(uses))]
 
 
 def test_without_the_extension_importing_alone_is_silent(copy_of_package):
