@@ -130,7 +130,7 @@ def nn_rnn(problem: Problem, threads: int) -> Entry:
 def rnnfast_rnn(problem: Problem, threads: int) -> Entry:
     """What a user of rnnfast gets: the backend that its table chooses."""
     entry = modules(problem, rnnfast.RNN, rnnfast.RNNCell)
-    entry.backend = rnnfast.backends.select(problem.x)
+    entry.backend = rnnfast.backends.select(problem.x, problem.case.H, problem.case.packed)
     return entry
 
 
