@@ -17,18 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .modules import RNN
 
-try:
+if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-except ImportError:
-    sys.exit("rnnfast.sine needs rich, and matplotlib for --plot: pip install 'rnnfast[demo]'")
 
 POINTS, SPAN, WINDOW, HIDDEN = 200, 100.0, 10, 16
 STEP = SPAN / (POINTS - 1)
@@ -102,6 +99,8 @@ def train(
         torch.manual_seed(seed)
         model = RNNModel(rnn_class).to(device, dtype)
         runs.append(Run(name, model, torch.optim.Adam(model.parameters(), lr=0.01)))
+    from rich.progress import Progress  # not above: the model and its data need no rich
+
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("training", total=epochs)
         for _ in range(epochs):
@@ -129,6 +128,8 @@ def forecast(model: RNNModel, window: Tensor, steps: int) -> Tensor:
 
 def report(runs: Sequence[Run], epochs: int, console: Console) -> None:
     """Print the losses every ten epochs, and the time per epoch."""
+    from rich.table import Table
+
     table = Table("epoch", *(f"loss, {run.name}" for run in runs), "same 4 digits")
     for epoch in range(REPORT_EVERY, epochs + 1, REPORT_EVERY):
         shown = [f"{run.losses[epoch - 1]:.4f}" for run in runs]
@@ -206,6 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.epochs < 1:
         parser.error("--epochs must be at least 1")
 
+    try:
+        from rich.console import Console
+    except ImportError:
+        sys.exit("rnnfast.sine needs rich, and matplotlib for --plot: pip install 'rnnfast[demo]'")
     console = Console(highlight=False)
     dtype: torch.dtype = getattr(torch, options.dtype)
     runs = train(options.windows, options.epochs, options.seed, dtype, options.device, console)

@@ -34,6 +34,25 @@ def test_data_is_the_tutorials():
     assert torch.equal(rnnfast.sine.data("sine")[0], torch.sin(inputs))
 
 
+def test_the_model_and_its_data_need_no_rich():
+    code = """if True:
+        import sys
+        sys.modules["rich"] = None
+        from rnnfast.sine import RNNModel, data, main
+        import rnnfast
+        print(RNNModel(rnnfast.RNN).double()(data("sine")[0]).shape)
+        main([])
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "torch.Size([190, 1])\n"
+    assert (run.returncode, run.stderr) == (
+        1,
+        "rnnfast.sine needs rich, and matplotlib for --plot: pip install 'rnnfast[demo]'\n",
+    )
+
+
 @pytest.mark.parametrize("seed", [0, 42])
 def test_all_ten_losses_agree_to_four_digits(seed):
     rows = re.findall(r"(\d+)\D+(0\.\d{4})\D+(0\.\d{4})\D+(yes|no)", sine("--seed", str(seed)))
