@@ -160,15 +160,24 @@ def outputs_and_gradients(tensors, batch_sizes, nonlinearity, reverse, weigh, ru
     return dict(zip(names, (out, h_n, *grads), strict=True))
 
 
+def bound(dtype, steps, terms, rows=0, eps=None):
+    """Bound on a kernel's error against float64 on the same numbers, over the largest element.
+
+    rows: those that a weight's gradient is summed over, 0 for other results. float32 and float64
+    are off by what `tolerance` says. A 16-bit result is rounded to storage once, and a gradient is
+    a sum over rows of dz, each rounded once (eps/2 of it, like a random walk): within 2 eps of the
+    largest element, or four standard deviations of that sum.
+    """
+    eps = eps or torch.finfo(dtype).eps
+    if dtype in (torch.float32, torch.float64):
+        return tolerance(dtype, steps, terms + rows) * eps / torch.finfo(dtype).eps
+    return 2 * eps + 4 * eps * (rows**0.5 / max(rows, 1)) * steps**0.5
+
+
 def check_layer(
     device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None, eps=None
 ):
-    """Outputs and gradients against the reference in float64 on the same numbers.
-
-    float32 and float64 are off by what helpers.tolerance says. A 16-bit result is rounded to
-    storage once, and a gradient is a sum over rows of dz, each rounded once (eps/2 of it, like a
-    random walk): within 2 eps of the largest element, or four standard deviations of that sum.
-    """
+    """Outputs and gradients against the reference in float64 on the same numbers."""
     tensors, batch_sizes = layer(device, dtype, T, B, I, H, lengths)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     rows = tensors[0].shape[:-1].numel()
@@ -178,13 +187,8 @@ def check_layer(
     call = (batch_sizes, nonlinearity, reverse, weigh)
     actual = outputs_and_gradients(tensors, *call, torch.ops.rnnfast.rnn_layer)
     truth = outputs_and_gradients(exact, *call, rnnfast.reference.rnn_layer)
-    wide = dtype in (torch.float32, torch.float64)
-    eps = eps or torch.finfo(dtype).eps
     for name, value in truth.items():
         error = (actual[name].double() - value).abs().max() / value.abs().max()
         summed = 0 if name in ("out", "h_n", "input", "hx") else rows
-        if wide:
-            bound = tolerance(dtype, T, I + H + summed) * eps / torch.finfo(dtype).eps
-        else:
-            bound = 2 * eps + 4 * eps * (summed**0.5 / max(summed, 1)) * T**0.5
-        assert error <= bound, f"{name}: off by {error:.2e}, bound {bound:.2e}"
+        allowed = bound(dtype, T, I + H, summed, eps)
+        assert error <= allowed, f"{name}: off by {error:.2e}, bound {allowed:.2e}"

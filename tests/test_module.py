@@ -289,8 +289,11 @@ def test_autocast_gives_the_dtypes_of_nn_rnn(backend, dtype, module_dtype):
             loss = actual[0].float().sum()
             loss.backward()  # under autocast, as careless code does
         assert [y.dtype for y in actual] == [y.dtype for y in expected]
-        eps = torch.finfo(dtype).eps
-        assert (actual[0].double() - expected[0].double()).abs().max() < 8 * eps
+        # Inputs and weights are rounded alike. nn.RNN rounds two products, their sum and the state
+        # of 4 steps in 2 layers, rnnfast the state: 40 roundings of values of about one, each with
+        # a standard deviation of eps / sqrt(12). Four of those of their sum.
+        allowed = 4 * torch.finfo(dtype).eps * (40 / 12) ** 0.5
+        assert (actual[0].double() - expected[0].double()).abs().max() < allowed
         assert ours.weight_hh_l0.grad.dtype == module_dtype
     cell, reference = rnnfast.RNNCell(3, 5), nn.RNNCell(3, 5)
     with torch.autocast("cpu", dtype):

@@ -368,7 +368,9 @@ def test_functorch_grad_and_third_derivatives(backend):
         (g,) = torch.autograd.grad(f(y), y, create_graph=True)
         (g,) = torch.autograd.grad(g.square().sum(), y, create_graph=True)
         (g,) = torch.autograd.grad(g.square().sum(), y)
-    assert_same(third, g, 30, 50)
+    # Each derivative goes over the 3 steps there and back where the one before went once, and the
+    # product rule doubles the 2 + 3 terms of a sum.
+    assert_same(third, g, 3 * 2**3, 5 * 2**3)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
