@@ -48,7 +48,6 @@ def use(device, numbers):
     before = matmul.fp32_precision, rnn.fp32_precision
     matmul.fp32_precision = rnn.fp32_precision = "tf32" if numbers == "tf32" else "ieee"
 
-
     def force(name):
         clusters = ON_CPU["cuda"] or torch.cuda.get_device_capability(device) >= (9, 0)
         if name.startswith("cluster") and not clusters:

@@ -171,8 +171,8 @@ def sanitizer_step(tool: str, command: list[str], no_cuda: str | None) -> Step:
     # Libraries ask the driver for entry points that it lacks: no errors of ours.
     watch = [found or name, "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no",
              "--kernel-name", "kns=time_loop"]  # fmt: skip
-    # A tensor that is an allocation of its own has bounds that memcheck knows. A grid that fills the
-    # device would no longer fit: the tools take registers.
+    # A tensor that is an allocation of its own has bounds that memcheck knows. A grid that fills
+    # the device would no longer fit: the tools take registers.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", FEW_ROWS: "1"}
     return Step(tool, watch + command, 60, variables, skip)
 

@@ -121,9 +121,9 @@ __device__ inline void store_to_rank(uint4* own, int rank, uint4 value) {
 // Global memory as the other blocks see it, past this multiprocessor's own cache.
 __device__ inline uint4 load_shared_by_grid(const uint4* from) { return __ldcg(from); }
 
-// All threads of `blocks` blocks, which must run at the same time, arrive at a counter that began as
-// zero, and wait for all to have arrived for the `meeting`-th time (from 1 on). A block's barrier and
-// one thread's release and acquire order what all of them wrote and read.
+// All threads of `blocks` blocks, which must run at the same time, arrive at a counter that began
+// as zero, and wait for all to have arrived for the `meeting`-th time (from 1 on). A block's
+// barrier and one thread's release and acquire order what all of them wrote and read.
 __device__ inline void grid_arrive(unsigned long long* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -117,8 +117,9 @@ bool lay_out(const Device& device, const Variant& v, int64_t B, int H, bool back
   if (resident == 0) return false;
 
   // As many groups as run at once; each takes more tiles a step where the rows are more than that.
-  // The more tiles, the fewer meetings, but shared memory ends them; what is left over waits for its
-  // turn, as further blocks of the grid or (FAR, where all must be resident) in a loop over groups.
+  // The more tiles, the fewer meetings, but shared memory ends them; what is left over waits for
+  // its turn, as further blocks of the grid or (FAR, where all must be resident) in a loop over
+  // groups.
   const int rows = ceil_div(B, v.tile_rows);
   int tiles = std::max(1, ceil_div(rows, resident));
   while (tiles > 1 && (v.shared(tiles, backward) > size_t(device.shared) ||

@@ -1,5 +1,5 @@
-// The product of a step: a block's slice of the matrix, held in registers from the first step to the
-// last, by the state of a few rows, in shared memory.
+// The product of a step: a block's slice of the matrix, held in registers from the first step to
+// the last, by the state of a few rows, in shared memory.
 //
 //   sums[split][row][unit] = sum over the split's terms k of state[row][k] M[k][unit]
 //
@@ -28,9 +28,9 @@ __device__ auto matrix_element(const Number* w_hh, int H, bool transposed, int k
 // ----------------------------------------------------------------------------- by tensor cores
 //
 // The matrix is the left operand, 16 units by K terms, so that the few rows are the narrow side: 8.
-// A 16-bit state is the sum of two operands, high and low, as a float32 state rounded to one of them
-// would lose half of its digits: 2^-18 is lost in bf16, 2^-22 in f16. The low one of f16 is scaled,
-// lest it be lost below the smallest f16.
+// A 16-bit state is the sum of two operands, high and low, as a float32 state rounded to one of
+// them would lose half of its digits: 2^-18 is lost in bf16, 2^-22 in f16. The low one of f16 is
+// scaled, lest it be lost below the smallest f16.
 //
 // Which term is which within a fragment does not matter as long as both operands agree. So a lane
 // takes the terms of two steps from 16 adjacent bytes of the state, in one load.
@@ -138,7 +138,8 @@ struct ByTensorCores {
   }
 
   __device__ void multiply(const State* state, float* sums, int sums_stride) const {
-    // Independent sums, to hide the latency of one; with one tile of units also of the steps' parity.
+    // Independent sums, to hide the latency of one; with one tile of units also of the steps'
+    // parity.
     constexpr int kParities = UNIT_TILES == 1 ? 2 : 1, kChains = kParities * kPlanes;
     float c[UNIT_TILES][kChains][4] = {};
     const State* row = state + group * kStateStride + split * kSplitTerms + quad * kPerLoad;
@@ -175,9 +176,9 @@ struct ByTensorCores {
 
 // ------------------------------------------------------------------------------------- by FMA
 //
-// IEEE float32 and float64. A lane owns UNITS columns and TERMS of their terms; the state, which all
-// lanes of a split need alike, is broadcast. With LANES = 16 the halves of a warp are two splits. Two
-// columns a lane halve the loads of the state per multiply-add.
+// IEEE float32 and float64. A lane owns UNITS columns and TERMS of their terms; the state, which
+// all lanes of a split need alike, is broadcast. With LANES = 16 the halves of a warp are two
+// splits. Two columns a lane halve the loads of the state per multiply-add.
 template <class Number_, int LANES, int UNITS, int WARPS, int WARP_SPLITS, int TERMS, int ROWS>
 struct ByFma {
   using Number = Number_;

@@ -22,8 +22,8 @@ using at::Tensor;
 
 bool is_16bit(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
-// TF32 where both cuBLAS and cuDNN's RNN may use it: cuDNN's flag alone is on by default, and a user
-// who has not asked for TF32 in matrix products gets float32 here.
+// TF32 where both cuBLAS and cuDNN's RNN may use it: cuDNN's flag alone is on by default, and a
+// user who has not asked for TF32 in matrix products gets float32 here.
 std::optional<Numbers> numbers_of(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat: {
@@ -75,8 +75,8 @@ int64_t why_not(int64_t device, at::ScalarType dtype, int64_t hidden_size) {
   return 0;
 }
 
-// The variant that such a layer takes, how many blocks share a group of rows, the tiles of rows of a
-// group, and the groups.
+// The variant that such a layer takes, how many blocks share a group of rows, the tiles of rows of
+// a group, and the groups.
 std::tuple<std::string, int64_t, int64_t, int64_t> plan_of(int64_t device, at::ScalarType dtype,
                                                            int64_t batch, int64_t hidden_size,
                                                            bool backward) {

@@ -5,16 +5,16 @@
 // a step. Blocks of different groups never meet.
 //
 // Where the operands live. A block's slice of W_hh is in registers, for all steps. The state of the
-// group's rows (forward h, backward dz), complete, is in every block's shared memory, twice: one copy
-// is read while the next is written. With one block that is all; in a cluster every block sends its
-// units to all others (distributed shared memory); in a grid (FAR) they are written to global memory,
-// and each tile is fetched from there before its product. What a step needs from global memory
-// besides (x, or h and its gradient) is loaded one tile ahead.
+// group's rows (forward h, backward dz), complete, is in every block's shared memory, twice: one
+// copy is read while the next is written. With one block that is all; in a cluster every block
+// sends its units to all others (distributed shared memory); in a grid (FAR) they are written to
+// global memory, and each tile is fetched from there before its product. What a step needs from
+// global memory besides (x, or h and its gradient) is loaded one tile ahead.
 //
 // What synchronises. Within a step, a tile's product and the use of its sums are separated by
-// __syncthreads(). Between steps all blocks of the group meet once: by __syncthreads(), the cluster's
-// barrier or a counter in global memory. A block arrives as soon as its units are on their way; the
-// outputs are stored, and the next loads sent off, before it waits.
+// __syncthreads(). Between steps all blocks of the group meet once: by __syncthreads(), the
+// cluster's barrier or a counter in global memory. A block arrives as soon as its units are on
+// their way; the outputs are stored, and the next loads sent off, before it waits.
 #pragma once
 
 #include "time_loop.h"
@@ -27,8 +27,8 @@ namespace rnnfast::cuda {
 
 __device__ inline double tanh_of(double x) { return tanh(x); }
 
-// x + x z P(z) below 9/16, with minimax coefficients; beyond it 1 - 2 / (exp(2|x|) + 1), which is at
-// least 1/2 and forgives the error of exp. NaN passes through both, infinities give +-1.
+// x + x z P(z) below 9/16, with minimax coefficients; beyond it 1 - 2 / (exp(2|x|) + 1), which is
+// at least 1/2 and forgives the error of exp. NaN passes through both, infinities give +-1.
 __device__ inline float tanh_of(float x) {
   const float z = x * x, magnitude = fabsf(x);
   float p = z * -0.00617981968047f + 0.0210074679527f;
@@ -87,12 +87,13 @@ struct SharedLayout {
   size_t state = 0, sums, own, bias, w_ih, x, total;
 
   __host__ __device__ SharedLayout(int tiles, bool backward) {
+    constexpr size_t kRows = Product::kTileRows, kUnits = Product::kUnits;
     sums = state + (FAR ? 1 : 2 * tiles) * kStateTile * sizeof(typename Product::State);
-    own = sums + size_t(Product::kSplits) * Product::kTileRows * kSumsStride * sizeof(Acc);
-    bias = own + (backward ? 0 : size_t(tiles) * Product::kTileRows * Product::kUnits * sizeof(Acc));
-    w_ih = bias + (backward ? 0 : Product::kUnits * sizeof(Acc));
-    x = w_ih + (backward ? 0 : size_t(kFusedInput) * Product::kUnits * sizeof(Acc));
-    total = x + (backward ? 0 : size_t(2) * Product::kTileRows * kFusedInput * sizeof(Acc));
+    own = sums + Product::kSplits * kRows * kSumsStride * sizeof(Acc);
+    bias = own + (backward ? 0 : tiles * kRows * kUnits * sizeof(Acc));
+    w_ih = bias + (backward ? 0 : kUnits * sizeof(Acc));
+    x = w_ih + (backward ? 0 : kFusedInput * kUnits * sizeof(Acc));
+    total = x + (backward ? 0 : 2 * kRows * kFusedInput * sizeof(Acc));
   }
 };
 
@@ -369,7 +370,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
         send(copy ^ 1, tile, rows_of(tile));
         const bool last = tile + 1 == tiles;
         if (last) arrive();
-        // What nobody waits for. A packed batch's table is read here too, lest a product wait for it.
+        // What nobody waits for. A packed batch's table is read here too, lest a product wait for
+        // it.
         Number* const to = static_cast<Number*>(BACKWARD ? p.dz : p.out);
         for_each_item([&](int j, int row, int unit) {
           const int64_t b = tile_row + row;
@@ -391,7 +393,9 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
       for_each_item([&](int, int row, int unit) {
         const int64_t b = tile_row + row, at_b = b * H + unit0 + unit;
         if constexpr (BACKWARD) {
-          if (ends && b < live_before) narrow(sum_of(row, unit), static_cast<Number*>(p.grad_hx) + at_b);
+          if (ends && b < live_before) {
+            narrow(sum_of(row, unit), static_cast<Number*>(p.grad_hx) + at_b);
+          }
         } else if (b < p.B) {
           narrow(own[(tile * kTileRows + row) * kUnits + unit], static_cast<Number*>(p.h_n) + at_b);
         }

@@ -1,5 +1,5 @@
-// float32 layers in IEEE arithmetic. "row" variants are for batches so small that every row can have
-// a multiprocessor of its own, or a group of them.
+// float32 layers in IEEE arithmetic. "row" variants are for batches so small that every row can
+// have a multiprocessor of its own, or a group of them.
 #include "variant_row.cuh"
 
 namespace rnnfast::cuda {

@@ -14,7 +14,9 @@ constexpr Variant variant(const char* name) {
           Product::kThreads,
           Product::kTileRows,
           SharedLayout<Product, FAR>::kStateTile * sizeof(typename Product::State),
-          [](int tiles, bool backward) { return SharedLayout<Product, FAR>(tiles, backward).total; },
+          [](int tiles, bool backward) {
+            return SharedLayout<Product, FAR>(tiles, backward).total;
+          },
           time_loop<Product, FAR, false>,
           time_loop<Product, FAR, true>};
 }

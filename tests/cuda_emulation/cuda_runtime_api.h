@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that csrc/cuda calls, for a machine without one: kernels run on the CPU
-// (emulator.cpp). Found before the toolkit's header of the same name.
+// The part of CUDA's runtime that csrc/cuda calls, for a machine without one: kernels run on the
+// CPU (emulator.cpp). Found before the toolkit's header of the same name.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
-// Threads of a kernel as fibers of one thread of the CPU. A fiber runs until it has to wait, so what
-// a kernel does between two barriers happens at once; the order of the fibers is drawn anew for
-// every round, so that a missing barrier shows as a wrong result. A barrier that not all reach, and
-// a store beyond a block's shared memory, end the launch with an error.
+// Threads of a kernel as fibers of one thread of the CPU. A fiber runs until it has to wait, so
+// what a kernel does between two barriers happens at once; the order of the fibers is drawn anew
+// for every round, so that a missing barrier shows as a wrong result. A barrier that not all reach,
+// and a store beyond a block's shared memory, end the launch with an error.
 #pragma once
 
 #include <cstddef>
