@@ -241,7 +241,7 @@ def _pre_activation_gradients(
             end = g[carried:]
             parts.append(end if grad_h_n is None else end + grad_h_n[carried:live])
         dhs[t] = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else g
-        dzs[t] = dz = dhs[t] * _slope(h, nonlinearity)
+        dzs[t] = dz = _through(dhs[t], h, nonlinearity)
     return dhs, dzs
 
 
@@ -250,9 +250,9 @@ def _rows(x: Tensor, sizes: list[int]) -> list[Tensor]:
     return list(torch.split(x.flatten(0, -2), sizes))
 
 
-def _slope(h: Tensor, nonlinearity: str) -> Tensor:
-    """``act'``, from its output."""
-    return 1 - h * h if nonlinearity == "tanh" else (h > 0).to(h.dtype)
+def _through(d: Tensor, h: Tensor, nonlinearity: str) -> Tensor:
+    """``d act'``, from the output ``h``."""
+    return d * (1 - h * h) if nonlinearity == "tanh" else torch.where(h <= 0, 0.0, d)
 
 
 def _order(steps: int, reverse: bool) -> range:
@@ -287,10 +287,10 @@ def rnn_layer_backward(
 
         dh_t = g_t + W_hh^T dz_{t+1},    dz_t = dh_t * act'(h_t)
 
-    where ``act'`` is ``1 - h^2`` for tanh and ``[h > 0]`` for ReLU, a factor (the CPU kernel and
-    PyTorch choose 0 where ``h <= 0`` instead, so that ``dh_t`` passes where ``h_t`` is NaN), and
-    the rest is ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``,
-    ``d_w_hh = sum dz_t h_{t-1}^T``, ``d_bias = sum dz_t``.
+    where ``act'`` is ``1 - h^2`` for tanh; of ReLU, ``dz_t`` is 0 where ``h_t <= 0`` and else
+    ``dh_t``, which so passes where ``h_t`` is NaN, as in PyTorch. The rest is
+    ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``, ``d_w_hh = sum dz_t h_{t-1}^T``,
+    ``d_bias = sum dz_t``.
     """
     if input.dtype in _REDUCED:
         wide: Any = (
@@ -388,7 +388,7 @@ def rnn_layer_double_backward(
     for t in _order(len(hs), reverse):
         r_prev[t] = _entering(r, sizes[t], start)
         qs[t] = qs[t] + r_prev[t] @ w_hh.t()
-        rs[t] = r = qs[t] * _slope(hs[t], nonlinearity)
+        rs[t] = r = _through(qs[t], hs[t], nonlinearity)
 
     d_out = torch.zeros_like(h) if nonlinearity == "relu" else -2 * h * dh * torch.cat(qs)
     d_hx = None

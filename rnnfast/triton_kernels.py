@@ -339,7 +339,7 @@ def rnn_backward(
         dz = ()
         for j in tl.static_range(TILES):
             d = c[j] if grad_out_ptr is None else c[j] + g[j]
-            d *= tl.where(h[j] > 0, 1.0, 0.0) if RELU else 1.0 - h[j] * h[j]
+            d = tl.where(h[j] <= 0, 0.0, d) if RELU else d * (1.0 - h[j] * h[j])
             dz = dz + (d,)
         _store(dz_ptr, dz, first, live, row, H, TILE, TILES, INTERPRETED)
         new = ()

@@ -424,6 +424,22 @@ def test_a_bad_row_stays_alone(backend, nonlinearity, bad):
     assert torch.equal(actual[0].isnan(), out.isnan())
 
 
+def test_an_infinite_gradient_of_a_stopped_unit_is_stopped(backend):
+    """ReLU's derivative is no factor: nn.RNN's backward puts zero where the unit was off."""
+    theirs, ours = pair(3, 7, nonlinearity="relu")
+    x = torch.randn(4, 2, 3)
+    gradients = []
+    for module in (ours, theirs):
+        module.zero_grad()
+        out, _ = module(x)
+        assert 0 < (out == 0).sum() < out.numel()
+        out.backward(torch.where(out == 0, torch.inf, 1.0))
+        gradients.append([p.grad for p in module.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert b.isfinite().all()
+        assert_same(a, b, 4, 3 + 7 + 8)
+
+
 @st.composite
 def calls(draw):
     """A configuration of nn.RNN and an input that it takes."""

@@ -44,9 +44,10 @@ __device__ Acc activate(Acc z, bool relu) {
   return relu ? (z <= 0 ? Acc(0) : z) : tanh_of(z);
 }
 
+// d act', from the output h: ReLU is no factor, but stops what may be infinite.
 template <class Acc>
-__device__ Acc slope(Acc h, bool relu) {
-  return relu ? Acc(h > 0) : 1 - h * h;
+__device__ Acc through(Acc d, Acc h, bool relu) {
+  return relu ? (h <= 0 ? Acc(0) : d) : d * (1 - h * h);
 }
 
 // ---------------------------------------------------------------------------------------- walk
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
               if (b >= live_before && p.grad_h_n) {  // its first visit
                 c += widen(static_cast<const Number*>(p.grad_h_n)[at_b]);
               }
-              results[j] = (widen(ahead.g[j]) + c) * slope(Acc(widen(ahead.h[j])), p.relu);
+              results[j] = through(widen(ahead.g[j]) + c, Acc(widen(ahead.h[j])), p.relu);
             } else if (b < live_before && p.grad_hx) {  // its last visit was the one before
               narrow(sum, static_cast<Number*>(p.grad_hx) + at_b);
             }
