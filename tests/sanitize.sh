@@ -24,12 +24,15 @@ preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 preload="$preload $(gcc -print-file-name=libstdc++.so)"
 LD_PRELOAD="$preload" "$python" -c \
   'import rnnfast.backends as b; assert b.build_record()["sanitized"] and not b.extension_error'
+export RNNFAST_TEST_CAPABILITY=1 # each set once, and here
 kernel_tests() {
-  LD_PRELOAD="$preload" \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_op.py tests/test_numerics.py \
-    -k "not reference and not opcheck" "$@"
+  LD_PRELOAD="$preload" "$python" -m pytest -q -p no:cacheprovider \
+    -k "not reference and not opcheck" tests/test_op.py tests/test_numerics.py "$@"
 }
-kernel_tests tests/test_errors.py
+kernel_tests tests/test_errors.py # the best set of this machine
+ATEN_CPU_CAPABILITY=default kernel_tests
 if [ -n "$emulated" ]; then
-  RNNFAST_EMULATE_AVX512=1 RNNFAST_TEST_CAPABILITY=1 kernel_tests
+  RNNFAST_EMULATE_AVX512=1 kernel_tests
+else
+  ATEN_CPU_CAPABILITY=avx2 kernel_tests
 fi
