@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.library import Library
+from torch import library
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from rnnfast import backends, triton_layer
@@ -67,7 +67,7 @@ def install() -> None:
 
     backends.BACKENDS["cuda"] = why_not
     global _registrations
-    _registrations = Library("rnnfast", "IMPL")
+    _registrations = library.Library("rnnfast", "IMPL")
     triton_layer.choose_between(
         _registrations, "CPU", "cuda", ops.rnn_layer, ops.rnn_layer_backward
     )
