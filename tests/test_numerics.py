@@ -41,7 +41,8 @@ def test_structures(backend, structure, batch_first, with_state, dtype):
 
 
 # B, T, I, H: every block of the register tiling, with and without remainders; both projections;
-# few rows, whose weights are not packed, and many; small and large weight gradients.
+# few rows, whose weights are not packed, and many; small and large weight gradients, and either of
+# the two alone.
 SIZES = [
     (1, 1, 1, 1),
     (1, 3, 2, 5),
@@ -58,12 +59,14 @@ SIZES = [
     (4, 40, 2, 20),
     (5, 30, 9, 31),
     (6, 25, 300, 40),
+    (3, 30, 300, 40),
     (7, 30, 8, 33),
     (8, 20, 3, 48),
     (9, 20, 7, 100),
     (11, 13, 6, 9),
     (23, 7, 2, 65),
     (34, 5, 40, 128),
+    (20, 4, 300, 50),
     (100, 3, 2, 20),
     (50, 2, 3, 200),
     (190, 10, 1, 16),
@@ -188,9 +191,9 @@ def layouts(T, B, I, dtype=f64):
     yield "offset", torch.randn(T * B * I + 1, dtype=dtype)[1:].view(T, B, I)
 
 
-@pytest.mark.parametrize("input_size", [3, 300])  # the projection fused, and not
-def test_strides(backend, input_size):
-    T, B = 4, 9
+@pytest.mark.parametrize(("B", "input_size"), [(9, 3), (9, 300), (3, 1100)])  # the last: not fused
+def test_strides(backend, B, input_size):
+    T = 6
     theirs, ours = pair(input_size, 20, bidirectional=True, dtype=f64)
     for name, x in layouts(T, B, input_size):
         x.requires_grad_()

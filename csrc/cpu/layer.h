@@ -266,10 +266,13 @@ const T* pack_bias_into(T*& space, const Direction& layer) {
 // -------------------------------------------------------------------------------------- products
 
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
-// weight that is loaded, and where a call of the library (4 us) costs more than it saves. Else one
-// product over all steps is the better use of the weights.
+// weight that is loaded and the weights of both stay in reach, which saves writing and reading every
+// pre-activation; and where a call of the library (4 us) costs more than it saves. Else one product
+// over all steps is the better use of the weights. Measured bounds (notes/cpu.md, "Projection").
 inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
-  return I <= 8 || (I <= 256 && steps.walk.batch >= 8) || steps.rows * I * H < 250'000;
+  const int64_t B = steps.walk.batch, weights = (I + H) * H;
+  return I <= 8 || steps.rows * I * H < 250'000 || (B >= 4 && weights <= 40'000) ||
+         (B >= 8 && (I <= 128 || weights <= 900'000));
 }
 
 // z += x w^T, for some rows. Strides of the features are 1.
@@ -285,7 +288,7 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
 // Up to so many numbers, a weight's gradient is summed over the rows by our own blocks. On Zen 3
 // (AVX2, one thread, GFLOP/s of [H, rows] x [rows, I]), they do 88 and the library 75 at H = I =
 // 64, 78 and 79 at 100, 60 and 78 at 128; and below 32, where calls count, twice the library's.
-inline constexpr int64_t kOwnOuterSum = 96 * 96;
+inline constexpr int64_t kOwnOuterSum = 112 * 112;
 
 // ------------------------------------------------------------------------------- 16-bit storage
 

@@ -199,11 +199,12 @@ Tensor backward_loop(const Steps& steps, const OptionalTensor& grad_out,
 
 // ------------------------------------------------------------------------------ weight gradients
 
-// The wanted ones of d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T, d_b = sum dz.
+// The defined ones of d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T and, beside d_w_ih,
+// d_b = sum dz, onto zeros.
 template <class T>
 void small_weight_gradients(const Steps& steps, const Tensor& dz, const Tensor& input,
-                            const OptionalTensor& hx, const Tensor& out, Tensor& d_w_ih,
-                            Tensor& d_w_hh, Tensor& d_b, int64_t I, int64_t H) {
+                            const OptionalTensor& hx, const Tensor& out, const Tensor& d_w_ih,
+                            const Tensor& d_w_hh, const Tensor& d_b, int64_t I, int64_t H) {
   const auto& loop = time_loop<T>();
   const T* z = dz.const_data_ptr<T>();
   const Tensor x = d_w_ih.defined() ? adjacent_features(flat(input)) : Tensor();
@@ -396,19 +397,19 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
   if (need_x) d_x = at::mm(flat(dz), w_ih).view(input.sizes());
   if (hx && need_h) d_h = at::mm(reverse ? steps.last(dz) : steps.first(dz), w_hh);
-  if (H * std::max(I, H) <= kOwnOuterSum) {
-    if (need_w_ih) d_w_ih = at::zeros({H, I}, dz.options());
-    if (need_w_hh) d_w_hh = at::zeros({H, H}, dz.options());
-    if (need_b) d_b = need_w_ih ? at::zeros({H}, dz.options()) : flat(dz).sum(0);
+  const bool own_w_ih = need_w_ih && H * I <= kOwnOuterSum;
+  const bool own_w_hh = need_w_hh && H * H <= kOwnOuterSum;
+  if (own_w_ih) d_w_ih = at::zeros({H, I}, dz.options());
+  if (own_w_hh) d_w_hh = at::zeros({H, H}, dz.options());
+  if (need_b) d_b = own_w_ih ? at::zeros({H}, dz.options()) : flat(dz).sum(0);
+  if (own_w_ih || own_w_hh) {
     AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
-      Tensor d_b_here = need_w_ih ? d_b : Tensor();
-      small_weight_gradients<scalar_t>(steps, dz, input, hx, out, d_w_ih, d_w_hh, d_b_here, I, H);
+      small_weight_gradients<scalar_t>(steps, dz, input, hx, out, d_w_ih, d_w_hh,
+                                       own_w_ih ? d_b : Tensor(), I, H);
     });
-  } else {
-    if (need_w_ih) d_w_ih = at::mm(flat(dz).t(), flat(input));
-    if (need_b) d_b = flat(dz).sum(0);
-    if (need_w_hh) d_w_hh = large_w_hh_gradient(steps, dz, hx, out, w_hh);
   }
+  if (need_w_ih && !own_w_ih) d_w_ih = at::mm(flat(dz).t(), flat(input));
+  if (need_w_hh && !own_w_hh) d_w_hh = large_w_hh_gradient(steps, dz, hx, out, w_hh);
   return {d_x, d_h, d_w_ih, d_w_hh, d_b};
 }
 
