@@ -61,7 +61,7 @@ def rnn(
         raise reference.unknown_nonlinearity(nonlinearity)
     hidden_size = weights[1].size(-1) if len(weights) > 1 else None
     backend = backends.select(input, hidden_size, batch_sizes is not None)
-    if _takes_whole_calls(backend):  # the loop below, without its overhead
+    if takes_whole_calls(backend):  # the loop below, without its overhead
         drop = dropout if training else 0.0
         return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
@@ -128,7 +128,7 @@ def rnn(
     return (x if time_major else x.transpose(0, 1)), h_n
 
 
-def _takes_whole_calls(backend: str) -> bool:
+def takes_whole_calls(backend: str) -> bool:
     """Whether C++ walks layers and directions; a trace is to hold the op of each layer."""
     return backend in _COMPILED and not (
         torch.compiler.is_compiling() or torch._C._get_tracing_state()
@@ -206,7 +206,7 @@ def rnn_cell(
             f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
         )
     backend = backends.select(input, w_hh.size(1))
-    if _takes_whole_calls(backend):
+    if takes_whole_calls(backend):
         return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )

@@ -7,18 +7,20 @@ compiled with ``fullgraph=True``.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import backends, functional
 
 __all__ = ["RNN", "RNNCell"]
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+_NONLINEARITIES = {mode: name for name, mode in _MODES.items()}
 
 
 class RNN(nn.RNNBase):
@@ -116,17 +118,16 @@ class RNN(nn.RNNBase):
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(h_n, unsorted_indices)
 
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead"
-            )
-        if input.dim() == 3:
+        dimensions = input.dim()
+        if dimensions == 3:
             if hx is not None and hx.dim() != 3:
                 raise RuntimeError(
                     f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
                 )
             return self._run(input, hx, None)
 
+        if dimensions != 2:
+            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dimensions}D tensor instead")
         if hx is not None:
             if hx.dim() != 2:
                 raise RuntimeError(
@@ -140,18 +141,37 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        nonlinearity = _NONLINEARITIES.get(self.mode)
+        if nonlinearity is None:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
+        try:
+            backend = backends.select(input, self.hidden_size, batch_sizes is not None)
+            if functional.takes_whole_calls(backend):
+                return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
+                    input, hx, self._flat_weights, batch_sizes, nonlinearity, self.bias,
+                    self.num_layers, self.dropout if self.training else 0.0, self.bidirectional,
+                    self.batch_first,
+                )  # fmt: skip
+        except RuntimeError:
+            # The op refuses all that nn.RNN refuses, so its checks, a tenth of a small call, are
+            # asked only now, for its words; a failure that they do not know is raised again below.
+            pass
+        self._check(input, hx, batch_sizes)
+        return functional.rnn(
+            input, hx, self._flat_weights,  # type: ignore[arg-type]
+            batch_sizes, nonlinearity, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, self.batch_first,
+        )  # fmt: skip
+
+    def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> None:
+        """Raise nn.RNN's errors."""
+        for i, weight in enumerate(self._flat_weights):
+            if weight is None and i:  # the first is asked for its dtype, where nn.RNN fails too
+                raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:
             self.check_forward_args(input, hx, batch_sizes)
-        mode = self.mode
-        if mode not in ("RNN_TANH", "RNN_RELU"):
-            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {mode}")
-        return functional.rnn(
-            input, hx, self._flat_weights,  # type: ignore[arg-type]
-            batch_sizes, "relu" if mode == "RNN_RELU" else "tanh", self.bias, self.num_layers,
-            self.dropout, self.training, self.bidirectional, self.batch_first,
-        )  # fmt: skip
 
     def _refresh_flat_weights(self) -> None:
         """Make ``_flat_weights`` the current weights, as nn.RNN does before each call.
@@ -159,14 +179,9 @@ class RNN(nn.RNNBase):
         Its check reads every weight through ``getattr``, which costs as much as a small call; so
         it is asked only where a weight is not the parameter that it was.
         """
-        parameters = self._parameters
-        named = zip(self._flat_weights_names, self._flat_weights, strict=True)
-        for i, (name, weight) in enumerate(named):
-            if weight is None and i:  # the first is asked for its dtype, where nn.RNN fails too
-                raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
-            if parameters.get(name) is not weight:
-                self._update_flat_weights()
-                return
+        current = map(self._parameters.get, self._flat_weights_names)
+        if not all(map(is_, current, self._flat_weights)):
+            self._update_flat_weights()
 
 
 class RNNCell(nn.RNNCell):
@@ -198,6 +213,11 @@ class RNNCell(nn.RNNCell):
             weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
         except KeyError:  # parametrized
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
-        w_ih, w_hh, b_ih, b_hh = weights
-        h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
+        try:
+            if functional.takes_whole_calls(backends.select(input, self.hidden_size)):
+                h = torch.ops.rnnfast.rnn_cell.default(input, hx, *weights, self.nonlinearity)
+                return h if batched else h.squeeze(0)  # type: ignore[no-any-return]
+        except RuntimeError:
+            pass  # as in RNN: said again below, in the words of nn.RNNCell
+        h = functional.rnn_cell(input, hx, *weights, self.nonlinearity)
         return h if batched else h.squeeze(0)
