@@ -291,7 +291,7 @@ struct RnnBidirectionalLayerBackward : SavingNode {
     // Once each: activation checkpointing allows no second time.
     const Tensor x = unpack(kInput), h0 = unpack(kHx), h = unpack(kOut);
     const auto sizes = if_defined(unpack(kBatchSizes));
-    const int64_t H = h.size(-1) / 2;
+    const c10::SymInt H = h.sym_size(-1) / 2;  // size() would fix what a trace leaves open
     const bool need_h = h0.defined() && task_should_compute_output(2);
     std::array<Tensor, 2> d_h;
     for (int64_t direction = 0; direction < 2; ++direction) {
@@ -304,7 +304,7 @@ struct RnnBidirectionalLayerBackward : SavingNode {
           task_should_compute_output(first + 1), need_b_ih || need_b_hh};
       if (std::none_of(mask.begin(), mask.end(), [](bool needed) { return needed; })) continue;
       const auto half = [&](const Tensor& y) {
-        return y.defined() ? OptionalTensor(y.narrow(-1, direction * H, H)) : std::nullopt;
+        return y.defined() ? OptionalTensor(y.narrow_symint(-1, H * direction, H)) : std::nullopt;
       };
       const auto state = [&](const Tensor& y) {
         return y.defined() ? OptionalTensor(y.select(0, direction)) : std::nullopt;

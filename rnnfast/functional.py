@@ -1,6 +1,5 @@
-"""RNNs on raw weights: layers, directions, dropout and layouts, as calls of one op per layer (in
-traces, per layer and direction). :mod:`rnnfast.modules` holds the parameters;
-:mod:`rnnfast.backends` picks the kernel.
+"""RNNs on raw weights: layers, directions, dropout and layouts, as calls of one op per layer.
+:mod:`rnnfast.modules` holds the parameters; :mod:`rnnfast.backends` picks the kernel.
 """
 
 from __future__ import annotations
@@ -99,32 +98,32 @@ def rnn(
 
     time_major = batch_sizes is not None or not batch_first
     x = input if time_major else input.transpose(0, 1)
-    states: Sequence[Tensor | None]
-    if hx is None:
-        states = (None,) * (num_layers * directions)
-    elif hx.size(0) == 1:
-        states = (hx.squeeze(0),)
-    else:
-        states = hx.unbind(0)
     final = []
     for layer in range(num_layers):
-        outs = []
-        for direction in range(directions):
-            i = layer * directions + direction
-            w_ih, w_hh, *biases = weights[i * per_layer : (i + 1) * per_layer]
-            b_ih, b_hh = biases if bias else (None, None)
-            out, h_n = layer_of(
-                x, states[i], w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, direction == 1
+        own = weights[layer * directions * per_layer : (layer + 1) * directions * per_layer]
+        first = layer * directions
+        if bidirectional and backend != "reference":
+            state = None if hx is None else hx[first : first + 2] if num_layers > 1 else hx
+            x, h_n = torch.ops.rnnfast.rnn_bidirectional_layer.default(
+                x, state, own, batch_sizes, nonlinearity
             )
-            outs.append(out)
             final.append(h_n)
-        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+        else:
+            outs = []
+            for direction in range(directions):
+                w_ih, w_hh, *biases = own[direction * per_layer : (direction + 1) * per_layer]
+                b_ih, b_hh = biases if bias else (None, None)
+                state = None if hx is None else hx[first + direction]
+                out, h_n = layer_of(
+                    x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, direction == 1
+                )
+                outs.append(out)
+                # No view, as nn.RNN's is none: a caller may detach_() it.
+                final.append(torch.ops.aten._unsafe_view.default(h_n, [1, *h_n.shape]))
+            x = outs[0] if directions == 1 else torch.cat(outs, -1)
         if dropout and training and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
-    if len(final) == 1:  # no view, as nn.RNN's is none: a caller may detach_() it
-        h_n = torch.ops.aten._unsafe_view.default(final[0], [1, *final[0].shape])
-    else:
-        h_n = torch.stack(final)
+    h_n = final[0] if len(final) == 1 else torch.cat(final)
     return (x if time_major else x.transpose(0, 1)), h_n
 
 

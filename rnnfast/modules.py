@@ -127,7 +127,9 @@ class RNN(nn.RNNBase):
             return self._run(input, hx, None)
 
         if dimensions != 2:
-            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dimensions}D tensor instead")
+            raise ValueError(
+                f"RNN: Expected input to be 2D or 3D, got {dimensions}D tensor instead"
+            )
         if hx is not None:
             if hx.dim() != 2:
                 raise RuntimeError(
@@ -215,9 +217,12 @@ class RNNCell(nn.RNNCell):
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
         try:
             if functional.takes_whole_calls(backends.select(input, self.hidden_size)):
-                h = torch.ops.rnnfast.rnn_cell.default(input, hx, *weights, self.nonlinearity)
-                return h if batched else h.squeeze(0)  # type: ignore[no-any-return]
+                h: Tensor = torch.ops.rnnfast.rnn_cell.default(
+                    input, hx, *weights, self.nonlinearity
+                )
+                return h if batched else h.squeeze(0)
         except RuntimeError:
             pass  # as in RNN: said again below, in the words of nn.RNNCell
-        h = functional.rnn_cell(input, hx, *weights, self.nonlinearity)
+        w_ih, w_hh, b_ih, b_hh = weights
+        h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
         return h if batched else h.squeeze(0)

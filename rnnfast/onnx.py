@@ -2,8 +2,9 @@
 
 ``torch.onnx.export(model, ...)`` needs nothing of the user: while it runs, the functional layer
 calls :func:`rnn` (for the older TorchScript exporter PyTorch's own RNN, which that one knows). A
-program that ``torch.export`` has already captured holds ``torch.ops.rnnfast.rnn_layer`` instead;
-for such a one pass ``custom_translation_table=rnnfast.onnx.translation_table()``.
+program that ``torch.export`` has already captured holds ``torch.ops.rnnfast.rnn_layer`` (or
+``rnn_bidirectional_layer``) instead; for such a one pass
+``custom_translation_table=rnnfast.onnx.translation_table()``.
 
 The operator: https://onnx.ai/onnx/operators/onnx__RNN.html
 """
@@ -95,12 +96,47 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """``custom_translation_table`` for ``torch.onnx.export`` of an exported program.
 
     Returns:
-        The translation of ``torch.ops.rnnfast.rnn_layer`` into the ONNX operator ``RNN``.
+        The translations of ``torch.ops.rnnfast.rnn_layer`` and ``rnn_bidirectional_layer`` into the
+        ONNX operator ``RNN``.
 
     Raises:
         ImportError: onnxscript is not installed; ``torch.onnx`` needs it as well.
     """
     op: Any = import_module("onnxscript").opset18
+
+    def unsqueezed(x: Any) -> Any:
+        return op.Unsqueeze(x, op.Constant(value_ints=[0]))
+
+    def node(
+        input: Any,
+        hx: Any,
+        directions: list[tuple[Any, ...]],
+        batch_sizes: Any,
+        nonlinearity: str,
+        direction: str,
+    ) -> Any:
+        """``RNN`` with the weights of one direction or two: y [T, D, B, H] and y_h [D, B, H]."""
+        if batch_sizes is not None:
+            raise RuntimeError(_NO_PACKED)
+        stacked = []
+        for w_ih, w_hh, b_ih, b_hh in directions:
+            b = None
+            if b_ih is not None or b_hh is not None:
+                zero = op.Mul(b_hh if b_ih is None else b_ih, op.CastLike(0.0, w_ih))
+                b = op.Concat(
+                    zero if b_ih is None else b_ih, zero if b_hh is None else b_hh, axis=0
+                )
+            stacked.append((w_ih, w_hh, b))
+        w, r, b = (
+            None if parts[0] is None else op.Concat(*map(unsqueezed, parts), axis=0)
+            for parts in zip(*stacked, strict=True)
+        )
+        return op.RNN(
+            input, w, r, b, None, hx,
+            hidden_size=directions[0][1].shape[0],
+            direction=direction,
+            activations=[_ACTIVATIONS[nonlinearity]] * len(directions),
+        )  # fmt: skip
 
     def rnn_layer(
         input: Any,
@@ -113,23 +149,26 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         nonlinearity: str,
         reverse: bool,
     ) -> Any:
-        if batch_sizes is not None:
-            raise RuntimeError(_NO_PACKED)
-        axis = op.Constant(value_ints=[0])
-        w, r = op.Unsqueeze(w_ih, axis), op.Unsqueeze(w_hh, axis)
-        b = None
-        if b_ih is not None or b_hh is not None:
-            zero = op.Mul(b_hh if b_ih is None else b_ih, op.CastLike(0.0, w_ih))
-            b = op.Unsqueeze(
-                op.Concat(zero if b_ih is None else b_ih, zero if b_hh is None else b_hh, axis=0),
-                axis,
-            )
-        y, y_h = op.RNN(
-            input, w, r, b, None, None if hx is None else op.Unsqueeze(hx, axis),
-            hidden_size=w_hh.shape[0],
-            direction="reverse" if reverse else "forward",
-            activations=[_ACTIVATIONS[nonlinearity]],
-        )  # fmt: skip
-        return op.Squeeze(y, op.Constant(value_ints=[1])), op.Squeeze(y_h, axis)
+        state = None if hx is None else unsqueezed(hx)
+        weights = [(w_ih, w_hh, b_ih, b_hh)]
+        direction = "reverse" if reverse else "forward"
+        y, y_h = node(input, state, weights, batch_sizes, nonlinearity, direction)
+        return (
+            op.Squeeze(y, op.Constant(value_ints=[1])),
+            op.Squeeze(y_h, op.Constant(value_ints=[0])),
+        )
 
-    return {torch.ops.rnnfast.rnn_layer.default: rnn_layer}
+    def rnn_bidirectional_layer(
+        input: Any, hx: Any, weights: Any, batch_sizes: Any, nonlinearity: str
+    ) -> Any:
+        half = len(weights) // 2
+        biases = () if half == 4 else (None, None)
+        directions = [(*weights[:half], *biases), (*weights[half:], *biases)]
+        y, y_h = node(input, hx, directions, batch_sizes, nonlinearity, "bidirectional")
+        together = op.Transpose(y, perm=[0, 2, 1, 3])  # [T, B, 2, H]
+        return op.Reshape(together, op.Constant(value_ints=[0, 0, -1])), y_h
+
+    return {
+        torch.ops.rnnfast.rnn_layer.default: rnn_layer,
+        torch.ops.rnnfast.rnn_bidirectional_layer.default: rnn_bidirectional_layer,
+    }
