@@ -41,8 +41,8 @@ def test_structures(backend, structure, batch_first, with_state, dtype):
 
 
 # B, T, I, H: every block of the register tiling, with and without remainders; both projections;
-# few rows, whose weights are not packed, and many; small and large weight gradients, and either of
-# the two alone.
+# few rows, whose weights are not packed, and many; a single step of either; small and large weight
+# gradients, and either of the two alone.
 SIZES = [
     (1, 1, 1, 1),
     (1, 3, 2, 5),
@@ -70,6 +70,7 @@ SIZES = [
     (100, 3, 2, 20),
     (50, 2, 3, 200),
     (190, 10, 1, 16),
+    (50, 1, 5, 130),
     (33, 4, 6, 600),
 ]
 

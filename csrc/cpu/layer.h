@@ -266,9 +266,10 @@ const T* pack_bias_into(T*& space, const Direction& layer) {
 // -------------------------------------------------------------------------------------- products
 
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
-// weight that is loaded and the weights of both stay in reach, which saves writing and reading every
-// pre-activation; and where a call of the library (4 us) costs more than it saves. Else one product
-// over all steps is the better use of the weights. Measured bounds (notes/cpu.md, "Projection").
+// weight that is loaded and the weights of both stay in reach, which saves writing and reading
+// every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
+// product over all steps is the better use of the weights. The bounds are measured (notes/cpu.md,
+// "Projection").
 inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
   const int64_t B = steps.walk.batch, weights = (I + H) * H;
   return I <= 8 || steps.rows * I * H < 250'000 || (B >= 4 && weights <= 40'000) ||
