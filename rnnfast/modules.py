@@ -157,6 +157,7 @@ class RNN(nn.RNNBase):
         except RuntimeError:
             # The op refuses all that nn.RNN refuses, so its checks, a tenth of a small call, are
             # asked only now, for its words; a failure that they do not know is raised again below.
+            # functional.rnn would call the same op: a layer of Python later, another tenth.
             pass
         self._check(input, hx, batch_sizes)
         return functional.rnn(
