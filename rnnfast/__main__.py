@@ -55,7 +55,8 @@ def _cpu_kernels() -> str | None:
     """The instruction set of the C++ kernels that run here."""
     if backends.extension_error is not None:
         return None
-    return str(torch.ops.rnnfast._cpu_instruction_set())
+    products = " with bfloat16 products" if torch.ops.rnnfast._cpu_bfloat16_products() else ""
+    return f"{torch.ops.rnnfast._cpu_instruction_set()}{products}"
 
 
 def _cpu(found: dict[str, Any]) -> str:

@@ -125,8 +125,9 @@ def test_life_cycle(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_sixteen_bit_modules(backend, dtype, nonlinearity):
-    """State and sums are float32, so against float64 truth on the same 16-bit numbers the outputs
-    are off by one rounding to storage, and nn.RNN, which rounds each step, by no less."""
+    """Sums are float32, so against float64 truth on the same 16-bit numbers the outputs are off by
+    one rounding to storage, and one of the state where it is carried as stored; nn.RNN, which
+    rounds several times a step, is off by no less."""
     theirs, ours = pair(5, 40, 2, nonlinearity, bidirectional=True)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     truth_of = rnnfast.RNN(5, 40, 2, nonlinearity, bidirectional=True).double()
@@ -155,8 +156,9 @@ def test_sixteen_bit_modules(backend, dtype, nonlinearity):
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_long_sixteen_bit_inputs_are_those_of_the_reference(compiled, kind, with_state):
-    """More rows than the kernel widens at a time. Both compute in float32 on the same 16-bit
-    numbers, so they differ by float32's rounding and, rarely, by one rounding to storage."""
+    """More rows than the kernel widens at a time. Both sum in float32 the same 16-bit numbers, so
+    they differ by float32's rounding and, rarely, by one rounding to storage; by the roundings of
+    the state too where it is carried as stored."""
     ours = rnnfast.RNN(5, 30, bidirectional=True).bfloat16()
     lengths = [70, 3, 70, 41, 1, 69, 12] * 5
     if kind == "packed":

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -18,6 +19,19 @@
 namespace rnnfast::cpu {
 
 using at::Tensor;
+
+// The elements of a tensor as the time loop's type.
+template <class T>
+using Element = std::conditional_t<std::is_same_v<std::remove_const_t<T>, BFloat16>, at::BFloat16,
+                                   std::remove_const_t<T>>;
+template <class T>
+T* data_of(const Tensor& x) {
+  if constexpr (std::is_const_v<T>) {
+    return reinterpret_cast<T*>(x.const_data_ptr<Element<T>>());
+  } else {
+    return reinterpret_cast<T*>(x.mutable_data_ptr<Element<T>>());
+  }
+}
 
 // ----------------------------------------------------------------------------------------- steps
 
@@ -62,14 +76,9 @@ struct Steps {
   }
 
   // The rows of a [T, B, F] or packed [rows, F] tensor, whose features are adjacent.
-  template <class T, class Scalar = std::remove_const_t<T>>
+  template <class T>
   Rows<T> rows_of(const Tensor& x) const {
-    T* data;
-    if constexpr (std::is_const_v<T>) {
-      data = x.const_data_ptr<Scalar>();
-    } else {
-      data = x.mutable_data_ptr<Scalar>();
-    }
+    T* data = data_of<T>(x);
     return packed() ? Rows<T>{data, 0, x.stride(0)} : Rows<T>{data, x.stride(0), x.stride(1)};
   }
 
@@ -219,7 +228,7 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
   T* packed = space;
   const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
   const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
-  const Stored* weights = w.const_data_ptr<Stored>();
+  const Stored* weights = data_of<const Stored>(w);
   constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
   at::parallel_for(
       0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
@@ -227,7 +236,8 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
         int64_t n0 = begin * loop.panel_columns;
         const int64_t n1 = std::min(end * loop.panel_columns, N);
         if constexpr (std::is_same_v<T, Stored>) {
-          loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0, packed + K * n0);
+          loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0,
+                    packed + loop.packed_size(K, n0));
         } else {
           Space<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
           for (; n0 < n1; n0 += loop.panel_columns) {
@@ -240,7 +250,8 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed) {
             for (int64_t i = 0; i < outer; ++i) {
               widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
             }
-            loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns, packed + K * n0);
+            loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns,
+                      packed + loop.packed_size(K, n0));
           }
         }
       });
@@ -265,21 +276,34 @@ const T* pack_bias_into(T*& space, const Direction& layer) {
 
 // -------------------------------------------------------------------------------------- products
 
+// Bytes of the second-level cache of a core: 512 KB where the system does not tell.
+inline int64_t level2_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t bytes = 0;
+#endif
+  return bytes > 0 ? bytes : 512 << 10;
+}
+
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded and the weights of both stay in reach, which saves writing and reading
 // every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
-// product over all steps is the better use of the weights. The bounds are measured (notes/cpu.md,
-// "Projection").
-inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
+// product over all steps is the better use of the weights. In bfloat16, whose products are twice as
+// fast, a call costs more (20 us) and more rows have to share a weight. The bounds are measured
+// (notes/cpu.md, "Projection").
+inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H, int64_t bytes) {
   const int64_t B = steps.walk.batch, weights = (I + H) * H;
-  return I <= 8 || steps.rows * I * H < 250'000 || (B >= 4 && weights <= 40'000) ||
-         (B >= 8 && (I <= 128 || weights <= 900'000));
+  const bool pairs = bytes == 2;
+  return I <= 8 || steps.rows * I * H < (pairs ? 1'000'000 : 250'000) ||
+         (B >= (pairs ? 1 : 4) && weights <= 40'000) ||
+         (B >= (pairs ? 16 : 8) && (I <= 128 || weights * bytes <= 8 * level2_cache()));
 }
 
 // z += x w^T, for some rows. Strides of the features are 1.
 template <class T>
-void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<T> z) {
-  const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, w.const_data_ptr<T>(), w.stride(0),
+void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z) {
+  const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, data_of<const T>(w), w.stride(0),
                        z.data, z.stride_b};
   const int64_t work = batch * f.K;
   at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),

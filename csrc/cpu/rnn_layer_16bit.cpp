@@ -223,7 +223,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const int64_t spare = spare_floats(steps, I, H);
   const Stretches stretches(steps, steps.walk.reverse, H, spare);
   // A packed W_ih of many more weights than the output has numbers would be most of the memory.
-  const bool fused = T > 1 && worth_fusing(steps, I, H) &&
+  const bool fused = T > 1 && worth_fusing(steps, I, H, sizeof(float)) &&
                      (I <= 8 || (I <= 256 && steps.rows >= H));
   Space<float> packed((T > 1 ? loop.packed_size(H, H) : 0) +
                       (fused ? loop.packed_size(I, H) : 0) + loop.packed_size(1, H));
@@ -266,7 +266,8 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
     } else {
       if (h0) add_widened_linear(z, *h0, layer.w_hh, spare / 2);
       at::parallel_for(0, z.numel(), 16384, [&](int64_t begin, int64_t end) {
-        loop.activate(z.mutable_data_ptr<float>() + begin, end - begin, relu);
+        float* some = z.mutable_data_ptr<float>() + begin;
+        loop.activate(some, end - begin, relu, some);
       });
     }
     out_s.copy_(z.view(out_s.sizes()));

@@ -30,13 +30,11 @@ Tensor adjacent_features(const Tensor& x) {
 
 // --------------------------------------------------------------------------------------- forward
 
-// Whether the rows are too few for packing the weights to pay. Measured break-even (AVX2, I = H, B
-// from 1 to 64): 12 rows at H = 16 to 64, 23 at 128, 42 at 256, 60 at 512, 55 at 1024; with a
-// single step, as in a cell, which has less of a loop to gain: 16, 24, 50, 80, 110 at H = 16, 64,
-// ..., 512.
+// Whether the rows are too few for packing the weights to pay: measured break-evens, with I = H
+// (notes/cpu.md, "Few rows"). A single step, as in a cell, has less of a loop to gain.
 bool worth_no_packing(const Steps& steps, int64_t H) {
-  return steps.rows <= (steps.walk.seq_len == 1 ? std::min<int64_t>(10 + 5 * H / 16, 100)
-                                                : std::min<int64_t>(10 + H / 8, 56));
+  return steps.rows <= (steps.walk.seq_len == 1 ? 6 + H * H / 5000
+                                                : std::min<int64_t>(2 + H / 10, 100));
 }
 
 // out = x W_ih^T + bias, for all steps at once.
@@ -50,30 +48,11 @@ void project(const Tensor& input, const Direction& layer, Tensor out) {
   }
 }
 
-// Whether a single step, as in a cell, is two products of the library's and an activation.
-// Measured against the other two ways (AVX2, one thread, H = I from 128 to 512): 0.85 to 0.97 of
-// the time with 48 to 128 rows, 0.92 to 1 beyond, no less with 32.
-bool worth_a_step_of_library(const Steps& steps, int64_t H) {
-  return steps.walk.seq_len == 1 && steps.rows >= 40 && H >= 128;
-}
-
-template <class T>
-void forward_step_of_library(const Steps& steps, const Tensor& input, const Direction& layer,
-                             bool relu, const Tensor& out) {
-  Tensor z = flat(out);
-  project(input, layer, z);
-  if (layer.hx) z.addmm_(*layer.hx, layer.w_hh.t());
-  const int64_t H = z.size(1), stride = z.stride(0);
-  T* data = z.mutable_data_ptr<T>();
-  at::parallel_for(0, steps.rows, 16384 / H + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) time_loop<T>().activate(data + b * stride, H, relu);
-  });
-}
-
 // Step by step, the weights as they lie.
 template <class T>
 void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
                       const Tensor& out) {
+  constexpr bool sums_apart = !std::is_same_v<T, Sum<T>>;
   const int64_t H = layer.w_hh.size(0);
   const Walk& walk = steps.walk;
   const Tensor x = adjacent_features(input);
@@ -82,11 +61,13 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
   const auto x_rows = steps.rows_of<const T>(x);
   const auto out_rows = steps.rows_of<T>(out);
   // One product over all steps, unless it would cost less than its call.
-  const bool projected = walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H);
+  const bool projected =
+      !sums_apart && walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H, sizeof(T));
   if (projected) project(input, layer, flat(out));
-  Space<T> bias(time_loop<T>().packed_size(1, H));
-  T* end = bias.data();
-  pack_bias_into(end, layer);
+  Space<Sum<T>> bias(panels_of<T>(H) * time_loop<T>().panel_columns);
+  Sum<T>* end = bias.data();
+  pack_bias_into<Sum<T>, Element<T>>(end, layer);
+  Space<Sum<T>> sums(sums_apart ? walk.batch * H : 0);  // of a step
 
   int64_t t_last = 0, visited = 0;
   for (int64_t s = 0; s < walk.seq_len; ++s) {
@@ -96,24 +77,29 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
       from.data = walk.row(rows, t, b);
       return from;
     };
+    const auto z = [&](int64_t b) -> Rows<Sum<T>> {
+      if constexpr (sums_apart) return {sums.data() + b * H, 0, H};
+      if constexpr (!sums_apart) return at(out_rows, t, b);
+    };
+    const Rows<Sum<T>> z_rows = z(0);
     if (!projected) {
       for (int64_t b = 0; b < live; ++b) {
-        std::memcpy(walk.row(out_rows, t, b), bias.data(), H * sizeof(T));
+        std::memcpy(z_rows.data + b * z_rows.stride_b, bias.data(), H * sizeof(Sum<T>));
       }
-      add_linear<T>(at(x_rows, t, 0), w_ih, live, at(out_rows, t, 0));
+      add_linear<T>(at(x_rows, t, 0), w_ih, live, z_rows);
     }
     const int64_t carried = std::min(visited, live);
     if (carried > 0) {
       const auto h = at(out_rows, t_last, 0);
-      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, at(out_rows, t, 0));
+      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, z_rows);
     }
     if (carried < live && h0.defined()) {
-      add_linear<T>({h0.const_data_ptr<T>() + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
-                    live - carried, at(out_rows, t, carried));
+      add_linear<T>({data_of<const T>(h0) + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,
+                    live - carried, z(carried));
     }
     const bool adjacent = out_rows.stride_b == H;
     for (int64_t b = 0; b < (adjacent ? 1 : live); ++b) {
-      time_loop<T>().activate(walk.row(out_rows, t, b), adjacent ? live * H : H, relu);
+      time_loop<T>().activate(z(b).data, adjacent ? live * H : H, relu, walk.row(out_rows, t, b));
     }
     visited = live;
     t_last = t;
@@ -131,26 +117,26 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
   f.relu = relu;
   f.out = steps.rows_of<T>(out);
 
-  const bool fused = worth_fusing(steps, I, H);
+  const bool fused = worth_fusing(steps, I, H, sizeof(T));
   Tensor x;
-  const int64_t sizes = loop.packed_size(H, H) +
-      (fused ? loop.packed_size(I, H) + loop.packed_size(1, H) : 0);
-  Space<T> packed(sizes);
+  Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
   T* space = packed.data();
   f.w_hh = pack_into(space, layer.w_hh, true);
+  Space<Sum<T>> bias(fused ? panels_of<T>(H) * loop.panel_columns : 0);
   if (fused) {
     x = adjacent_features(input);
     f.input_size = I;
     f.x = steps.rows_of<const T>(x);
     f.w_ih = pack_into(space, layer.w_ih, true);
-    if (layer.b_ih || layer.b_hh) f.bias = pack_bias_into(space, layer);
+    Sum<T>* end = bias.data();
+    if (layer.b_ih || layer.b_hh) f.bias = pack_bias_into<Sum<T>, Element<T>>(end, layer);
   } else {
     project(input, layer, flat(out));
   }
   Tensor h0;
   if (layer.hx) {
     h0 = adjacent_features(*layer.hx);
-    f.h0 = Rows<const T>{h0.const_data_ptr<T>(), 0, h0.stride(0)};
+    f.h0 = Rows<const T>{data_of<const T>(h0), 0, h0.stride(0)};
   }
   steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<T>(H),
                  [&](const Share& share) { loop.forward(f, share); });
@@ -207,7 +193,7 @@ Tensor backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   }
   if (grad_h_n) {
     g_h_n = adjacent_features(*grad_h_n);
-    f.grad_h_n = Rows<const T>{g_h_n.const_data_ptr<T>(), 0, g_h_n.stride(0)};
+    f.grad_h_n = Rows<const T>{data_of<const T>(g_h_n), 0, g_h_n.stride(0)};
   }
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
@@ -310,6 +296,12 @@ bool is_16bit(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
 }
 
+// Whether products, and with them the state from step to step, are in bfloat16 (see time_loop.h),
+// rather than in float32 with bfloat16 as storage alone.
+bool bfloat16_products(const Tensor& input) {
+  return input.scalar_type() == at::kBFloat16 && has_bfloat16_products();
+}
+
 void check_dtype(const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || is_16bit(input),
@@ -324,14 +316,16 @@ void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, cons
                   const Direction& layer, c10::string_view nonlinearity) {
   if (steps.rows == 0) return;
   const bool relu = nonlinearity == "relu";
-  if (is_16bit(input)) {
+  const int64_t H = layer.w_hh.size(0);
+  const bool no_packing = worth_no_packing(steps, H);
+  if (bfloat16_products(input)) {
+    const auto run = no_packing ? forward_by_steps<BFloat16> : forward_loop<BFloat16>;
+    run(steps, input, layer, relu, out);
+  } else if (is_16bit(input)) {
     forward_16bit(steps, input, layer, relu, out);
   } else {
     AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-      const int64_t H = layer.w_hh.size(0);
-      const auto run = worth_a_step_of_library(steps, H) ? forward_step_of_library<scalar_t>
-                       : worth_no_packing(steps, H)      ? forward_by_steps<scalar_t>
-                                                         : forward_loop<scalar_t>;
+      const auto run = no_packing ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
       run(steps, input, layer, relu, out);
     });
   }
@@ -403,13 +397,16 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   }
 
   const bool relu = nonlinearity == "relu";
-  if (is_16bit(input)) {
+  const bool in_bfloat16 = bfloat16_products(input);
+  if (is_16bit(input) && !in_bfloat16) {
     return backward_16bit(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu,
                           output_mask);
   }
   Tensor dz;
   if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
     dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu);
+  } else if (in_bfloat16) {
+    dz = backward_loop<BFloat16>(steps, grad_out, grad_h_n, w_hh, out, relu);
   } else {
     AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
       dz = backward_loop<scalar_t>(steps, grad_out, grad_h_n, w_hh, out, relu);
@@ -419,8 +416,8 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
   if (need_x) d_x = at::mm(flat(dz), w_ih).view(input.sizes());
   if (hx && need_h) d_h = at::mm(reverse ? steps.last(dz) : steps.first(dz), w_hh);
-  const bool own_w_ih = need_w_ih && H * I <= kOwnOuterSum;
-  const bool own_w_hh = need_w_hh && H * H <= kOwnOuterSum;
+  const bool own_w_ih = need_w_ih && !in_bfloat16 && H * I <= kOwnOuterSum;
+  const bool own_w_hh = need_w_hh && !in_bfloat16 && H * H <= kOwnOuterSum;
   if (own_w_ih) d_w_ih = at::zeros({H, I}, dz.options());
   if (own_w_hh) d_w_hh = at::zeros({H, H}, dz.options());
   if (need_b) d_b = own_w_ih ? at::zeros({H}, dz.options()) : flat(dz).sum(0);
@@ -439,7 +436,8 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
 Tensor tanh(const Tensor& x) {
   Tensor y = x.clone(at::MemoryFormat::Contiguous);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rnnfast::_tanh", [&] {
-    time_loop<scalar_t>().activate(y.mutable_data_ptr<scalar_t>(), y.numel(), false);
+    scalar_t* data = y.mutable_data_ptr<scalar_t>();
+    time_loop<scalar_t>().activate(data, y.numel(), false, data);
   });
   return y;
 }
@@ -450,6 +448,7 @@ Tensor tanh(const Tensor& x) {
 TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def("_cpu_instruction_set() -> str",
         [] { return std::string(rnnfast::cpu::instruction_set()); });
+  m.def("_cpu_bfloat16_products() -> bool", &rnnfast::cpu::has_bfloat16_products);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

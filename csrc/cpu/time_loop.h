@@ -12,8 +12,30 @@
 #include <sched.h>
 
 #include <cstdint>
+#include <utility>
 
 namespace rnnfast::cpu {
+
+// bfloat16 as it is stored. Its products are of pairs of neighbours, x[k] w[k] + x[k+1] w[k+1], added
+// to a float32 sum, as AVX512-BF16 does them; what else a block computes is float32 too. A state is
+// carried from step to step as it is stored.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What sums of T are held in, and the k's that one product takes.
+template <class T>
+struct Sums {
+  using type = T;
+  static constexpr int64_t pairing = 1;
+};
+template <>
+struct Sums<BFloat16> {
+  using type = float;
+  static constexpr int64_t pairing = 2;
+};
+template <class T>
+using Sum = typename Sums<T>::type;
 
 // A family of rows: row (t, b) starts at data + offset(t) + b * stride_b, its features adjacent.
 // Time-major, batch-first and packed layouts differ in these numbers alone.
@@ -51,11 +73,11 @@ struct Forward {
   int64_t hidden_size = 0;
   bool relu = false;
   Rows<const T> x;           // [T, B, I], read only where input_size > 0
-  Rows<const T> h0;          // [B, H]
-  const T* bias = nullptr;   // packed, K = 1
-  const T* w_ih = nullptr;   // packed W_ih^T, K = I
-  const T* w_hh = nullptr;   // packed W_hh^T, K = H
-  Rows<T> out;               // [T, B, H]
+  Rows<const T> h0;               // [B, H]
+  const Sum<T>* bias = nullptr;   // [H], padded to whole vectors
+  const T* w_ih = nullptr;        // packed W_ih^T, K = I
+  const T* w_hh = nullptr;        // packed W_hh^T, K = H
+  Rows<T> out;                    // [T, B, H]
 };
 
 template <class T>
@@ -83,7 +105,7 @@ struct OuterSum {
   T* column_sums = nullptr;  // [M] or nullptr
 };
 
-// z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie.
+// z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie; z in the type of sums.
 template <class T>
 struct Linear {
   int64_t batch = 0, K = 0;
@@ -91,7 +113,7 @@ struct Linear {
   int64_t ldx = 0;
   const T* w = nullptr;  // [N, K], row stride ldw
   int64_t ldw = 0;
-  T* z = nullptr;        // [batch, N], row stride ldz
+  Sum<T>* z = nullptr;   // [batch, N], row stride ldz
   int64_t ldz = 0;
 };
 
@@ -142,15 +164,19 @@ struct TimeLoop {
   void (*pack)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed);
   void (*forward)(const Forward<T>&, const Share&);
   void (*backward)(const Backward<T>&, const Share&);
-  void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);  // rows [m0, m1) of c
-  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);       // columns [n0, n1) of z
-  void (*activate)(T* x, int64_t n, bool relu);                   // in place
+  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);  // columns [n0, n1) of z
+  void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h);  // h = act(z), which h may be
+  // Rows [m0, m1) of c. nullptr in bfloat16, whose rows would have to be paired first.
+  void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
 };
 
 // The set that runs here: PyTorch's own choice (torch.backends.cpu.get_cpu_capability(), which
 // ATEN_CPU_CAPABILITY overrides), so one binary serves every machine of an architecture.
 template <class T>
 const TimeLoop<T>& time_loop();
+
+// Whether that set has products of bfloat16. Without them there is no time_loop<BFloat16>().
+bool has_bfloat16_products();
 
 // Its name, as ATEN_CPU_CAPABILITY takes it.
 const char* instruction_set();
@@ -164,6 +190,9 @@ RNNFAST_DECLARE_TIME_LOOP(fallback)
 #if defined(__x86_64__)
 RNNFAST_DECLARE_TIME_LOOP(avx2)
 RNNFAST_DECLARE_TIME_LOOP(avx512)
+namespace avx512_bf16 {
+extern const TimeLoop<BFloat16> bf16;
+}
 #endif
 
 }  // namespace rnnfast::cpu

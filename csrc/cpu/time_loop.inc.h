@@ -1,6 +1,7 @@
 // The fused time loop, forward and backward, and the sums of outer products that the weight
 // gradients are, for one instruction set (see time_loop.h for what they compute). Included with
-// RNNFAST_ISA, RNNFAST_VECTOR_BYTES and RNNFAST_VECTOR_REGISTERS defined.
+// RNNFAST_ISA, RNNFAST_VECTOR_BYTES and RNNFAST_VECTOR_REGISTERS defined; with RNNFAST_BFLOAT16 too,
+// for the recurrence in bfloat16 alone.
 //
 // Ownership   A call owns a Share: rows [b0, b1) and panels [p0, p1) of hidden units, and walks all
 //             their steps. Rows never meet, so shares of rows synchronise nothing; shares of panels
@@ -8,7 +9,8 @@
 //             of M rows by G panels of N vectors of hidden units.
 // Operands    W_hh (and W_ih where the projection is fused) is packed once per call into panels
 //             [panel][k][columns]: k-major, columns padded with zeros to whole vectors, so that the
-//             inner loop is one broadcast of h[b,k] against N adjacent vectors. The state is never
+//             inner loop is one broadcast of h[b,k] against N adjacent vectors. bfloat16 comes in
+//             pairs, [panel][k / 2][columns][2], against a broadcast pair. The state is never
 //             copied: h[t-1] is read from where the output stores it, z'[t+1] from dz.
 // Registers   M * G * N accumulators live across the whole sum over k. With many rows a block is
 //             tall and one panel wide, since each weight loaded then serves M rows; with one to
@@ -43,6 +45,9 @@ struct Vector<double> {
   typedef double V __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
   typedef uint64_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 };
+// Of sums, and of as many lanes.
+template <>
+struct Vector<BFloat16> : Vector<float> {};
 template <class T>
 using V = typename Vector<T>::V;
 template <class T>
@@ -103,6 +108,95 @@ template <class T>
 RNNFAST_INLINE void store_part(T* p, V<T> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
+#endif
+
+#if defined(RNNFAST_BFLOAT16)
+// Rows of bfloat16, in registers as float; stored rounded to nearest, ties to even, a NaN kept.
+// Products are of pairs (k, k + 1), which lie in one lane's bits.
+#if defined(RNNFAST_EMULATE_AVX512)
+RNNFAST_INLINE V<BFloat16> load_part(const BFloat16* p, int n) {
+  Vector<float>::Bits v = {};
+  for (int i = 0; i < n; ++i) v[i] = uint32_t(p[i].bits) << 16;
+  return (V<float>)v;
+}
+RNNFAST_INLINE V<BFloat16> load(const BFloat16* p) { return load_part(p, L<float>); }
+RNNFAST_INLINE void store_part(BFloat16* p, V<BFloat16> v, int n) {
+  const auto bits = (Vector<float>::Bits)v;
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  for (int i = 0; i < n; ++i) p[i].bits = v[i] == v[i] ? rounded[i] : 0x7fc0;
+}
+RNNFAST_INLINE void store(BFloat16* p, V<BFloat16> v) { store_part(p, v, L<float>); }
+RNNFAST_INLINE V<float> add_pairs(V<float> sum, V<float> x, V<float> w) {
+  const auto first = [](V<float> v) { return (V<float>)((Vector<float>::Bits)v << 16); };
+  const auto second = [](V<float> v) { return (V<float>)((Vector<float>::Bits)v & 0xffff0000u); };
+  return sum + first(x) * first(w) + second(x) * second(w);
+}
+#else
+RNNFAST_INLINE V<BFloat16> widened(__m256i v) {
+  typedef uint16_t Stored __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
+  return (V<float>)(__builtin_convertvector((Stored)v, Vector<float>::Bits) << 16);
+}
+RNNFAST_INLINE V<BFloat16> load(const BFloat16* p) {
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+RNNFAST_INLINE V<BFloat16> load_part(const BFloat16* p, int n) {
+  return widened(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+RNNFAST_INLINE void store(BFloat16* p, V<BFloat16> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+RNNFAST_INLINE void store_part(BFloat16* p, V<BFloat16> v, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+RNNFAST_INLINE V<float> add_pairs(V<float> sum, V<float> x, V<float> w) {
+  return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+#endif
+#endif
+
+// sum_k x[k] w[k], whose lanes each take one k at a time, or a pair.
+template <class T>
+struct Product {
+  // Another k, or pair, in every lane; x[k] in all of them (`whole`: unless a row ends with the
+  // first of a pair, whose second then is zero).
+  static RNNFAST_INLINE V<T> load(const T* x) { return RNNFAST_ISA::load(x); }
+  static RNNFAST_INLINE V<T> load_part(const T* x, int n) { return RNNFAST_ISA::load_part(x, n); }
+  static RNNFAST_INLINE V<T> broadcast(const T* x, bool whole) { return *x - V<T>{}; }
+  static RNNFAST_INLINE V<T> add(V<T> sum, V<T> x, V<T> w) { return sum + x * w; }
+};
+#if defined(RNNFAST_BFLOAT16)
+template <>
+struct Product<BFloat16> {
+  static RNNFAST_INLINE V<float> load(const BFloat16* x) {
+    V<float> v;
+    __builtin_memcpy(&v, x, sizeof(v));
+    return v;
+  }
+  static RNNFAST_INLINE V<float> load_part(const BFloat16* x, int n) {
+    V<float> v = {};
+    __builtin_memcpy(&v, x, n * sizeof(BFloat16));
+    return v;
+  }
+  static RNNFAST_INLINE V<float> broadcast(const BFloat16* x, bool whole) {
+    uint32_t pair = x->bits;
+    if (whole) __builtin_memcpy(&pair, x, sizeof(pair));
+    return (V<float>)(pair - Vector<float>::Bits{});
+  }
+  static RNNFAST_INLINE V<float> add(V<float> sum, V<float> x, V<float> w) {
+    return add_pairs(sum, x, w);
+  }
+};
+#endif
+
+// n numbers of type S, and the vector of lanes i of a, or i - n of b, for each of some i.
+template <class S, int n>
+struct Lanes {
+  typedef S V __attribute__((vector_size(n * sizeof(S))));
+};
+#if defined(__clang__)
+#define RNNFAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RNNFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
 #endif
 
 // Vector n of N; only the last of a panel may be partial, with `last` lanes.
@@ -221,8 +315,15 @@ constexpr int kSpan[] = {4, 3, 2};
 #endif
 constexpr int kFewRows = 3;
 
+// K and zeros to whole pairs, as packed weights have them.
+template <class T>
+RNNFAST_INLINE int64_t padded(int64_t K) {
+  return (K + Sums<T>::pairing - 1) / Sums<T>::pairing * Sums<T>::pairing;
+}
+
 // What of a matrix a block reads: element (k, panel g, column n) at data + k * stride_k +
-// g * stride_g + n.
+// g * stride_g + n; of pairs, (k, g, n) and (k + 1, g, n) at data + k * stride_k + g * stride_g +
+// 2 * n, for every even k.
 template <class T>
 struct Columns {
   const T* data;
@@ -278,15 +379,17 @@ struct Block {
 
   // acc[m][n] += sum_k a[m * stride_m + k * stride_k] * w(k, n), in one chain, or a few where the
   // block is too small to cover the latency of a multiply-add otherwise. Unless `whole`, the last
-  // vector has `last` lanes.
+  // vector has `last` lanes (and a product is of one k).
   template <bool whole>
   RNNFAST_INLINE void chain(const T* a, int64_t stride_m, int64_t stride_k, Columns<T> w, int64_t K,
                             int last) {
+    using P = Product<T>;
+    constexpr int64_t pairing = Sums<T>::pairing;
     constexpr int size = M * vectors;
     constexpr int U = size >= 8 ? 1 : size >= 4 ? 2 : 4;
     const auto load_w = [&](int64_t k, int n) RNNFAST_LAMBDA_INLINE {
-      const T* p = w.data + k * w.stride_k + (n / N) * w.stride_g + (n % N) * L<T>;
-      return whole || n < vectors - 1 || last == L<T> ? load(p) : load_part(p, last);
+      const T* p = w.data + k * w.stride_k + (n / N) * w.stride_g + (n % N) * L<T> * pairing;
+      return whole || n < vectors - 1 || last == L<T> ? P::load(p) : P::load_part(p, last);
     };
     V<T> part[U][M][vectors];
 #pragma GCC unroll 16
@@ -295,42 +398,42 @@ struct Block {
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
         for (int n = 0; n < vectors; ++n) part[u][m][n] = u == 0 ? acc[m][n] : V<T>{};
-    int64_t k = 0;
-    for (; k + U <= K; k += U) {
+    const auto add = [&](V<T> (&sum)[M][vectors], int64_t k, bool pair) RNNFAST_LAMBDA_INLINE {
+      const auto a_m = [&](int m) RNNFAST_LAMBDA_INLINE {
+        return P::broadcast(a + m * stride_m + k * stride_k, pair);
+      };
+      if constexpr (M <= kFewRows) {
+        // One weight in a register at a time: these blocks fill the others with sums.
+        V<T> am[M];
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) {
-        if constexpr (M <= kFewRows) {
-          // One weight in a register at a time: these blocks fill the others with sums.
-          V<T> am[M];
+        for (int m = 0; m < M; ++m) am[m] = a_m(m);
 #pragma GCC unroll 16
-          for (int m = 0; m < M; ++m) am[m] = V<T>{} + a[m * stride_m + (k + u) * stride_k];
+        for (int n = 0; n < vectors; ++n) {
+          const V<T> wk = load_w(k, n);
 #pragma GCC unroll 16
-          for (int n = 0; n < vectors; ++n) {
-            const V<T> wk = load_w(k + u, n);
+          for (int m = 0; m < M; ++m) sum[m][n] = P::add(sum[m][n], am[m], wk);
+        }
+      } else {
+        V<T> wk[vectors];
 #pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) part[u][m][n] += am[m] * wk;
-          }
-        } else {
-          V<T> wk[vectors];
+        for (int n = 0; n < vectors; ++n) wk[n] = load_w(k, n);
 #pragma GCC unroll 16
-          for (int n = 0; n < vectors; ++n) wk[n] = load_w(k + u, n);
+        for (int m = 0; m < M; ++m) {
+          const V<T> am = a_m(m);
 #pragma GCC unroll 16
-          for (int m = 0; m < M; ++m) {
-            const T am = a[m * stride_m + (k + u) * stride_k];
-#pragma GCC unroll 16
-            for (int n = 0; n < vectors; ++n) part[u][m][n] += am * wk[n];
-          }
+          for (int n = 0; n < vectors; ++n) sum[m][n] = P::add(sum[m][n], am, wk[n]);
         }
       }
+    };
+    int64_t k = 0;
+    for (; k + U * pairing <= K; k += U * pairing) {
+#pragma GCC unroll 16
+      for (int u = 0; u < U; ++u) add(part[u], k + u * pairing, true);
     }
     if (U > 1) {
-      for (; k < K; ++k)
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-          for (int n = 0; n < vectors; ++n)
-            part[0][m][n] += a[m * stride_m + k * stride_k] * load_w(k, n);
+      for (; k + pairing <= K; k += pairing) add(part[0], k, true);
     }
+    if (pairing > 1 && k < K) add(part[0], k, false);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -346,7 +449,8 @@ struct Block {
 // The columns of panel `p` of a packed [K, n] matrix, N vectors wide there.
 template <class T, int N>
 RNNFAST_INLINE Columns<T> panel_of(const T* packed, int64_t p, int64_t K) {
-  return {packed + p * kPanel * L<T> * K, N * L<T>, kPanel * L<T> * K};
+  const int64_t size = kPanel * L<T> * padded<T>(K);
+  return {packed + p * size, N * L<T>, size};
 }
 
 // act(z), for `count` vectors, a multiple of 4.
@@ -372,7 +476,7 @@ RNNFAST_INLINE void prefetch(const T* row, int64_t stride) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-    for (int byte = 0; byte < N * RNNFAST_VECTOR_BYTES; byte += 64)
+    for (int byte = 0; byte < N * L<T> * int(sizeof(T)); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(row + m * stride) + byte);
 }
 
@@ -418,7 +522,7 @@ struct ForwardCell {
       z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of<T, N>(f.w_ih, p, f.input_size),
                 f.input_size);
       if (f.bias) {
-        const T* bias = f.bias + p * kPanel * L<T>;
+        const Sum<T>* bias = f.bias + p * kPanel * L<T>;
 #pragma GCC unroll 16
         for (int n = 0; n < vectors; ++n) {
           const V<T> bias_n = load(bias + n * L<T>);
@@ -438,7 +542,7 @@ struct ForwardCell {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
       for (int n = 0; n < vectors; ++n) h[m * vectors + n] = z.acc[m][n];
-    activate<T>(h, sizeof(h) / sizeof(h[0]), f.relu);
+    activate<Sum<T>>(h, sizeof(h) / sizeof(h[0]), f.relu);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -490,7 +594,7 @@ struct BackwardCell {
         const V<T> h = load_nth<T, vectors>(out + m * f.out.stride_b, n, last);
         const V<T> g = dh.acc[m][n];
         store_nth<T, vectors>(dz + m * f.dz.stride_b, n, last,
-                              f.relu ? (h <= T(0) ? V<T>{} : g) : g * (T(1) - h * h));
+                              f.relu ? (h <= Sum<T>(0) ? V<T>{} : g) : g * (Sum<T>(1) - h * h));
       }
   }
 };
@@ -709,12 +813,57 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
 // ------------------------------------------------------------------ products with unpacked weights
 //
 // z[b,n] += sum_k x[b,k] w[n,k]: M rows times N weight rows at a time, vectors along k, whose lanes
-// are added up at the end.
+// are added up at the end, those of four vectors side by side.
 
+// The upper half onto the lower, until there are `left` lanes.
+template <class S, int n, int left>
+RNNFAST_INLINE typename Lanes<S, left>::V fold(typename Lanes<S, n>::V v) {
+  if constexpr (n == left) {
+    return v;
+  } else {
+    typename Lanes<S, n / 2>::V half[2];
+    __builtin_memcpy(half, &v, sizeof(v));
+    return fold<S, n / 2, left>(half[0] + half[1]);
+  }
+}
+
+template <class S>
+RNNFAST_INLINE typename Lanes<S, 4>::V lane_sums(const typename Lanes<S, 4>::V (&v)[4]) {
+  const auto ab = RNNFAST_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + RNNFAST_SHUFFLE(v[0], v[1], 1, 5, 3, 7);
+  const auto cd = RNNFAST_SHUFFLE(v[2], v[3], 0, 4, 2, 6) + RNNFAST_SHUFFLE(v[2], v[3], 1, 5, 3, 7);
+  return RNNFAST_SHUFFLE(ab, cd, 0, 1, 4, 5) + RNNFAST_SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+// z[j] += the sum of the lanes of acc[j].
+template <class T, int N>
+RNNFAST_INLINE void add_lane_sums(const V<T> (&acc)[N], Sum<T>* z) {
+  using S = Sum<T>;
+  if constexpr (N == 1 || L<T> < 4) {
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) {
+      const auto two = fold<S, L<T>, 2>(acc[j]);
+      z[j] += two[0] + two[1];
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int j = 0; j < N; j += 4) {
+      typename Lanes<S, 4>::V four[4] = {}, sum = {};
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l)
+        if (j + l < N) four[l] = fold<S, L<T>, 4>(acc[j + l]);
+      const int bytes = (N - j < 4 ? N - j : 4) * int(sizeof(S));
+      __builtin_memcpy(&sum, z + j, bytes);
+      sum += lane_sums<S>(four);
+      __builtin_memcpy(z + j, &sum, bytes);
+    }
+  }
+}
 template <class T, int M, int N>
 void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
   const T* x = f.x + b * f.ldx;
   const T* w = f.w + n * f.ldw;
+  using P = Product<T>;
+  constexpr int taken = L<T> * Sums<T>::pairing;
   V<T> acc[M][N] = {};
   const auto add = [&](int64_t k, const auto& load_k) RNNFAST_LAMBDA_INLINE {
     V<T> xk[M];
@@ -724,29 +873,19 @@ void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
     for (int j = 0; j < N; ++j) {
       const V<T> wk = load_k(w + j * f.ldw + k);
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) acc[i][j] += xk[i] * wk;
+      for (int i = 0; i < M; ++i) acc[i][j] = P::add(acc[i][j], xk[i], wk);
     }
   };
   int64_t k = 0;
-  for (; k + L<T> <= f.K; k += L<T>) {
-    add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return load(p); });
+  for (; k + taken <= f.K; k += taken) {
+    add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return P::load(p); });
   }
   if (k < f.K) {
     const int left = int(f.K - k);
-    add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return load_part(p, left); });
+    add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return P::load_part(p, left); });
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      T lanes[L<T>];
-      store(lanes, acc[i][j]);
-#pragma GCC unroll 4
-      for (int half = L<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-      f.z[(b + i) * f.ldz + n + j] += lanes[0];
-    }
+  for (int i = 0; i < M; ++i) add_lane_sums<T, N>(acc[i], f.z + (b + i) * f.ldz + n);
 }
 
 template <class T, int M>
@@ -778,36 +917,86 @@ void linear(const Linear<T>& f, int64_t n0, int64_t n1) {
   }
 }
 
+// ---------------------------------------------------------------------------------------- packing
+
+// a0 b0 a1 b1 ... of the lower halves of a and b, or of the upper ones.
+template <class T, int from, int... i>
+RNNFAST_INLINE V<T> zip(V<T> a, V<T> b, std::integer_sequence<int, i...>) {
+  return RNNFAST_SHUFFLE(a, b, (from + i / 2 + i % 2 * L<T>)...);
+}
+
+// A square of as many vectors as one has lanes.
+template <class T>
+RNNFAST_INLINE void transpose(V<T> (&square)[L<T>]) {
+  constexpr std::make_integer_sequence<int, L<T>> lanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < L<T>; round *= 2) {
+    V<T> zipped[L<T>];
+#pragma GCC unroll 8
+    for (int i = 0; i < L<T> / 2; ++i) {
+      zipped[2 * i] = zip<T, 0>(square[i], square[i + L<T> / 2], lanes);
+      zipped[2 * i + 1] = zip<T, L<T> / 2>(square[i], square[i + L<T> / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L<T>; ++i) square[i] = zipped[i];
+  }
+}
+
+// A panel of w^T, where w has the columns as rows of K adjacent numbers.
+template <class T>
+void pack_transposed(const T* w, int64_t stride, int64_t K, int64_t columns, int64_t width,
+                     T* packed) {
+  constexpr int64_t lanes = L<T>, taken = lanes * Sums<T>::pairing;
+  for (int64_t k = 0; k < K; k += taken) {
+    const int64_t left = K - k < taken ? K - k : taken;
+    const int64_t vectors = (left + Sums<T>::pairing - 1) / Sums<T>::pairing;
+    for (int64_t n = 0; n < width; n += lanes) {
+      V<T> square[lanes];
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T* row = w + (n + i) * stride + k;
+        square[i] = n + i >= columns ? V<T>{}
+                    : left == taken  ? Product<T>::load(row)
+                                     : Product<T>::load_part(row, int(left));
+      }
+      transpose<T>(square);
+      T* to = packed + k * width + n * Sums<T>::pairing;
+      for (int64_t i = 0; i < vectors; ++i)
+        __builtin_memcpy(to + i * width * Sums<T>::pairing, &square[i], sizeof(V<T>));
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------- entry points
 
 template <class T>
 int64_t packed_size(int64_t K, int64_t N) {
-  return K * ((N + L<T> - 1) / L<T>)*L<T>;
+  return padded<T>(K) * ((N + L<T> - 1) / L<T>)*L<T>;
 }
 
 template <class T>
 void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed) {
+  constexpr int64_t pairing = Sums<T>::pairing;
   for (int64_t n0 = 0; n0 < N; n0 += kPanel * L<T>) {
     const int64_t columns = N - n0 < kPanel * L<T> ? N - n0 : kPanel * L<T>;
     const int64_t width = (columns + L<T> - 1) / L<T> * L<T>;
-    if (stride_n == 1) {
-      for (int64_t k = 0; k < K; ++k) {
-        for (int64_t n = 0; n < columns; ++n) packed[k * width + n] = w[k * stride_k + n0 + n];
-        for (int64_t n = columns; n < width; ++n) packed[k * width + n] = T(0);
-      }
+    const auto at = [&](int64_t k, int64_t n) RNNFAST_LAMBDA_INLINE -> T& {
+      return packed[(k / pairing * width + n) * pairing + k % pairing];
+    };
+    if (stride_k == 1) {
+      pack_transposed(w + n0 * stride_n, stride_n, K, columns, width, packed);
     } else {
-      // Transposed: in squares, so that a line of w fetched for one k serves the next ones.
-      constexpr int64_t kSquare = 16;
-      for (int64_t k0 = 0; k0 < K; k0 += kSquare) {
-        const int64_t k1 = K - k0 < kSquare ? K : k0 + kSquare;
-        for (int64_t n = 0; n < columns; ++n)
-          for (int64_t k = k0; k < k1; ++k)
-            packed[k * width + n] = w[k * stride_k + (n0 + n) * stride_n];
-        for (int64_t n = columns; n < width; ++n)
-          for (int64_t k = k0; k < k1; ++k) packed[k * width + n] = T(0);
+      for (int64_t k = 0; k < padded<T>(K); ++k) {
+        const T* row = w + k * stride_k + n0 * stride_n;
+        const int64_t filled = k < K ? columns : 0;
+        if (stride_n == 1) {
+          for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n];
+        } else {
+          for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n * stride_n];
+        }
+        for (int64_t n = filled; n < width; ++n) at(k, n) = T{};
       }
     }
-    packed += K * width;
+    packed += padded<T>(K) * width;
   }
 }
 
@@ -822,13 +1011,16 @@ void backward(const Backward<T>& f, const Share& share) {
 }
 
 template <class T>
-void activate_array(T* x, int64_t n, bool relu) {
+void activate_array(const Sum<T>* z, int64_t n, bool relu, T* h) {
   for (int64_t i = 0; i < n; i += 4 * L<T>) {
     V<T> four[4] = {};
     const int64_t left = n - i < 4 * L<T> ? n - i : 4 * L<T>;
-    __builtin_memcpy(four, x + i, left * sizeof(T));
-    activate<T>(four, 4, relu);
-    __builtin_memcpy(x + i, four, left * sizeof(T));
+    __builtin_memcpy(four, z + i, left * sizeof(Sum<T>));
+    activate<Sum<T>>(four, 4, relu);
+    for (int j = 0; j * L<T> < left; ++j) {
+      const int64_t rest = left - j * L<T>;
+      store_nth<T, 1>(h + i + j * L<T>, 0, int(rest < L<T> ? rest : L<T>), four[j]);
+    }
   }
 }
 
@@ -837,10 +1029,16 @@ void activate_array(T* x, int64_t n, bool relu) {
 
 }  // namespace
 
+#if defined(RNNFAST_BFLOAT16)
+const TimeLoop<BFloat16> bf16 = {
+    kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr};
+#else
 template <class T>
-constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,   forward<T>,
-                               backward<T>,   outer_sum<T>,   linear<T>, activate_array<T>};
+constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,           forward<T>,
+                               backward<T>,   linear<T>,      activate_array<T>, outer_sum<T>};
 const TimeLoop<float> f32 = table<float>;
 const TimeLoop<double> f64 = table<double>;
+#endif
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -66,4 +66,25 @@ const TimeLoop<double>& time_loop<double>() {
   return RNNFAST_CHOOSE(f64);
 }
 
+bool has_bfloat16_products() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+#if defined(RNNFAST_EMULATE_AVX512)
+    if (std::getenv("RNNFAST_EMULATE_AVX512")) return true;
+#endif
+    return isa == Isa::Avx512 && __builtin_cpu_supports("avx512bf16");
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
+#if defined(__x86_64__)
+template <>
+const TimeLoop<BFloat16>& time_loop<BFloat16>() {
+  return avx512_bf16::bf16;
+}
+#endif
+
 }  // namespace rnnfast::cpu

@@ -1,0 +1,26 @@
+// The recurrence in bfloat16 for AVX512-BF16, beside the AVX-512 of time_loop_avx512.cpp, which says
+// why the includes come first.
+#include "time_loop.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <cstring>
+
+#define RNNFAST_ISA avx512_bf16
+#define RNNFAST_BFLOAT16
+#define RNNFAST_VECTOR_BYTES 64
+#define RNNFAST_VECTOR_REGISTERS 32
+#if defined(RNNFAST_EMULATE_AVX512)
+#pragma GCC target("avx2,fma")
+#elif defined(__clang__)
+#pragma clang attribute push(                                                              \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
+#include "time_loop.inc.h"
+#if defined(__clang__) && !defined(RNNFAST_EMULATE_AVX512)
+#pragma clang attribute pop
+#endif
+#endif
