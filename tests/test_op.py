@@ -283,6 +283,31 @@ def test_weights_of_any_stride(dtype, T):
     assert torch.equal(broadcast[0], same[0])
 
 
+@pytest.mark.parametrize("kind", ["dense", "batch first", "packed", "dense, no state"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("hidden_size", [100, 130])  # our own sums of gradients; the library's
+def test_gradients_of_many_rows_are_summed_by_stretches(kind, reverse, hidden_size):
+    """More rows than dz is kept of at a time (655 and 512 in float64), against the reference."""
+    T, B, I = 45, 60, 7
+    lengths = [45] * 20 + [44] + [30] * 29 + [9, 8, 7, 2] + [1] * 6 if kind == "packed" else None
+    tensors, batch_sizes = helpers.layer("cpu", f64, T, B, I, hidden_size, lengths)
+    x, h, w_ih, w_hh, _, _ = (t.detach() for t in tensors)
+    if kind == "batch first":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    rows = x.shape[:-1]
+    out = torch.rand(*rows, hidden_size, dtype=f64).mul(2).sub(1)
+    given = torch.randn_like(out), torch.randn(B, hidden_size, dtype=f64)
+    state = None if "no state" in kind else h
+    call = (*given, x, state, w_ih, w_hh, out, batch_sizes, "tanh", reverse)
+    actual = torch.ops.rnnfast.rnn_layer_backward(*call, [True] * 5)
+    expected = rnnfast.reference.rnn_layer_backward(*call)
+    for a, b in zip(actual, expected, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            assert_same(a, b, T, I + hidden_size + rows.numel())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@
 #include <array>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../op.h"
@@ -115,22 +116,37 @@ struct Steps {
     }
   }
 
-  // Calls f(at, before, n): the n rows from `at` on are those that the forward visits one step
-  // after the n rows from `before` on. Runs of steps of equal size are one call.
+  // Calls f(at, before, n): the n rows from `at` on, of steps [begin, end), are those that the
+  // forward visits one step after the n rows from `before` on. Runs of steps of equal size are one
+  // call.
   template <class F>
-  void for_each_shift(const F& f) const {
-    const int64_t T = walk.seq_len;
-    for (int64_t t = 1; t < T;) {
-      int64_t end = t + 1;
-      while (end < T && walk.live(end) == walk.live(t)) ++end;
-      const int64_t late = packed() ? first_row[t] : t * walk.batch;
-      const int64_t early = packed() ? first_row[t - 1] : late - walk.batch;
+  void for_each_shift(int64_t begin, int64_t end, const F& f) const {
+    // Step t pairs with step t - 1; which of the two is in the range depends on the direction.
+    const int64_t last = walk.reverse ? std::min(end + 1, walk.seq_len) : end;
+    for (int64_t t = walk.reverse ? begin + 1 : std::max<int64_t>(begin, 1); t < last;) {
+      int64_t run = t + 1;
+      while (run < last && walk.live(run) == walk.live(t)) ++run;
+      const int64_t late = row(t), early = row(t - 1);
       // Step t pairs with the first live(t) rows of step t - 1. The later steps of the run follow
       // on without a gap only where step t - 1 has the run's size as well.
       const int64_t n = walk.live(t);
-      const int64_t steps = walk.live(t - 1) == n ? end - t : 1;
+      const int64_t steps = walk.live(t - 1) == n ? run - t : 1;
       walk.reverse ? f(early, late, n * steps) : f(late, early, n * steps);
       t += steps;
+    }
+  }
+
+  // Calls f(at, b, n): the n rows from `at` on, of steps [begin, end), are those that the forward
+  // enters from the state of sequences [b, b + n).
+  template <class F>
+  void for_each_start(int64_t begin, int64_t end, const F& f) const {
+    if (!walk.reverse) {
+      if (begin == 0) f(0, 0, walk.live(0));
+      return;
+    }
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t b = t + 1 < walk.seq_len ? walk.live(t + 1) : 0;
+      if (walk.live(t) > b) f(row(t) + b, b, walk.live(t) - b);
     }
   }
 
@@ -183,6 +199,74 @@ struct Steps {
       }
     });
   }
+};
+
+// The steps in stretches, in the order of a walk, so that what is needed of the rows for a while
+// takes a buffer of T and not a tensor of all of them. A buffer holds a stretch of rows and, next to
+// them in their place, the rows of the step before.
+template <class T>
+class Stretches {
+ public:
+  // Of `most` rows, or one step.
+  Stretches(const Steps& steps, bool backwards, int64_t most)
+      : steps_(steps), backwards_(backwards) {
+    for (int64_t t = 0; t < steps.walk.seq_len;) {
+      const int64_t begin = t++;
+      while (t < steps.walk.seq_len && steps.row(t + 1) - steps.row(begin) <= most) ++t;
+      ranges_.emplace_back(begin, t);
+      rows_ = std::max(rows_, steps.row(t) - steps.row(begin));
+    }
+    if (backwards) std::reverse(ranges_.begin(), ranges_.end());
+  }
+
+  const std::vector<std::pair<int64_t, int64_t>>& ranges() const { return ranges_; }
+
+  Tensor buffer(int64_t features, bool with_step_before) const {
+    const int64_t rows = rows_ + (with_step_before && ranges_.size() > 1 ? steps_.walk.batch : 0);
+    return at::empty({rows, features}, c10::CppTypeToScalarType<Element<T>>::value);
+  }
+
+  // The stretch's rows of a tensor [T, B, F] or packed [rows, F].
+  Tensor part(const Tensor& x, std::pair<int64_t, int64_t> range) const {
+    const auto [begin, end] = range;
+    return steps_.packed() ? x.narrow(0, steps_.row(begin), steps_.row(end) - steps_.row(begin))
+                           : x.narrow(0, begin, end - begin);
+  }
+
+  // The stretch's rows of a buffer; `before`: one with the rows of the step before.
+  Tensor rows(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
+    const auto [begin, end] = range;
+    if (ranges_.size() == 1) return buffer;
+    return buffer.narrow(0, steps_.row(begin) - first_row(range, before),
+                         steps_.row(end) - steps_.row(begin));
+  }
+
+  // The buffer as the time loop addresses it, by step and row.
+  Rows<T> addressed(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
+    const int64_t F = buffer.size(1);
+    return {data_of<T>(buffer) - first_row(range, before) * F, steps_.walk.batch * F, F};
+  }
+
+  // Moves the rows of the step before, which ended the stretch before, to their place in this one.
+  void carry(const Tensor& buffer, size_t i) const {
+    if (i == 0) return;
+    const auto range = ranges_[i];
+    const int64_t t = backwards_ ? range.second : range.first - 1, F = buffer.size(1);
+    const int64_t row = steps_.row(t), bytes = steps_.walk.live(t) * F * int64_t(sizeof(T));
+    T* data = data_of<T>(buffer);
+    std::memmove(data + (row - first_row(range, true)) * F,
+                 data + (row - first_row(ranges_[i - 1], true)) * F, bytes);
+  }
+
+ private:
+  int64_t first_row(std::pair<int64_t, int64_t> range, bool before) const {
+    return steps_.row(range.first - (before && !backwards_ && range.first > 0));
+  }
+
+  const Steps& steps_;
+  const bool backwards_;  // from the last step to the first
+  std::vector<std::pair<int64_t, int64_t>> ranges_;  // steps [begin, end)
+  int64_t rows_ = 0;                                 // of the longest
 };
 
 inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }

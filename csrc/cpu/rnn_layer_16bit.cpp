@@ -27,81 +27,17 @@ int64_t spare_floats(const Steps& steps, int64_t I, int64_t H) {
   return std::max(H * (I + H), steps.rows * H) / 4;
 }
 
+// Rows that a stretch widens: two buffers of them, and the step before.
+int64_t rows_at_a_time(const Steps& steps, int64_t H, int64_t spare) {
+  return std::clamp<int64_t>((spare / H - steps.walk.batch) / 2, 32, 512);
+}
+
 // The size of equal parts of `all` rows, or columns, of `most` or 32.
 int64_t part_of(int64_t all, int64_t most) {
   most = std::max<int64_t>(most, 32);
   const int64_t parts = std::max<int64_t>((all + most - 1) / most, 1);
   return std::max<int64_t>((all + parts - 1) / parts, 1);
 }
-
-// The steps in stretches, in the order of the walk, and their rows in float32. A buffer holds a
-// stretch of rows and, next to them in their place, the rows of the step before.
-class Stretches {
- public:
-  Stretches(const Steps& steps, bool backwards, int64_t H, int64_t spare)
-      : steps_(steps), backwards_(backwards) {
-    const int64_t T = steps.walk.seq_len, B = steps.walk.batch;
-    // Two buffers, and the step before.
-    const int64_t most = std::clamp<int64_t>((spare / H - B) / 2, 32, 512);
-    for (int64_t t = 0; t < T;) {
-      const int64_t begin = t++;
-      while (t < T && steps.row(t + 1) - steps.row(begin) <= most) ++t;
-      ranges_.emplace_back(begin, t);
-      rows_ = std::max(rows_, steps.row(t) - steps.row(begin));
-    }
-    if (backwards) std::reverse(ranges_.begin(), ranges_.end());
-  }
-
-  const std::vector<std::pair<int64_t, int64_t>>& ranges() const { return ranges_; }
-
-  Tensor buffer(int64_t features, bool with_step_before) const {
-    const int64_t rows = rows_ + (with_step_before && ranges_.size() > 1 ? steps_.walk.batch : 0);
-    return at::empty({rows, features}, at::kFloat);
-  }
-
-  // The stretch's rows of a tensor [T, B, F] or packed [rows, F].
-  Tensor part(const Tensor& x, std::pair<int64_t, int64_t> range) const {
-    const auto [begin, end] = range;
-    return steps_.packed() ? x.narrow(0, steps_.row(begin), steps_.row(end) - steps_.row(begin))
-                           : x.narrow(0, begin, end - begin);
-  }
-
-  // The stretch's rows of a buffer; `before`: one with the rows of the step before.
-  Tensor rows(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
-    const auto [begin, end] = range;
-    return buffer.narrow(0, steps_.row(begin) - first_row(range, before),
-                         steps_.row(end) - steps_.row(begin));
-  }
-
-  // The buffer as the time loop addresses it, by step and row.
-  Rows<float> addressed(const Tensor& buffer, std::pair<int64_t, int64_t> range,
-                        bool before) const {
-    const int64_t F = buffer.size(1);
-    return {buffer.mutable_data_ptr<float>() - first_row(range, before) * F, steps_.walk.batch * F,
-            F};
-  }
-
-  // Moves the rows of the step before, which ended the stretch before, to their place in this one.
-  void carry(const Tensor& buffer, size_t i) const {
-    if (i == 0) return;
-    const auto range = ranges_[i];
-    const int64_t t = backwards_ ? range.second : range.first - 1, F = buffer.size(1);
-    const int64_t row = steps_.row(t), bytes = steps_.walk.live(t) * F * int64_t(sizeof(float));
-    float* data = buffer.mutable_data_ptr<float>();
-    std::memmove(data + (row - first_row(range, true)) * F,
-                 data + (row - first_row(ranges_[i - 1], true)) * F, bytes);
-  }
-
- private:
-  int64_t first_row(std::pair<int64_t, int64_t> range, bool before) const {
-    return steps_.row(range.first - (before && !backwards_ && range.first > 0));
-  }
-
-  const Steps& steps_;
-  const bool backwards_;  // from the last step to the first
-  std::vector<std::pair<int64_t, int64_t>> ranges_;  // steps [begin, end)
-  int64_t rows_ = 0;                                 // of the longest
-};
 
 const float* pack_widened(float*& space, const Tensor& w, bool transposed) {
   return AT_DISPATCH_REDUCED_FLOATING_TYPES(w.scalar_type(), "rnnfast::rnn_layer", [&] {
@@ -221,7 +157,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const int64_t I = layer.w_ih.size(1), H = layer.w_hh.size(0), T = steps.walk.seq_len;
   const auto& loop = time_loop<float>();
   const int64_t spare = spare_floats(steps, I, H);
-  const Stretches stretches(steps, steps.walk.reverse, H, spare);
+  const Stretches<float> stretches(steps, steps.walk.reverse, rows_at_a_time(steps, H, spare));
   // A packed W_ih of many more weights than the output has numbers would be most of the memory.
   const bool fused = T > 1 && worth_fusing(steps, I, H, sizeof(float)) &&
                      (I <= 8 || (I <= 256 && steps.rows >= H));
@@ -285,7 +221,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   const Tensor dz = at::empty(out.sizes(), out.options());
   Tensor d_b;
   {
-    const Stretches stretches(steps, !steps.walk.reverse, H, spare);
+    const Stretches<float> stretches(steps, !steps.walk.reverse, rows_at_a_time(steps, H, spare));
     Space<float> packed(T > 1 ? loop.packed_size(H, H) : 0);
     float* space = packed.data();
     Backward<float> f;
@@ -331,7 +267,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     d_w_hh = at::empty({H, H}, dz.options());
     Pairs pairs;
     if (hx) pairs.emplace_back(z_first, *hx);
-    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
+    steps.for_each_shift(0, T, [&](int64_t at, int64_t before, int64_t n) {
       pairs.emplace_back(z.narrow(0, at, n), h.narrow(0, before, n));
     });
     widened_outer_sum(d_w_hh, pairs, spare);

@@ -12,6 +12,8 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../op.h"
@@ -172,20 +174,32 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   return dz;
 }
 
+// dz of so many rows stays in the second-level cache until its products are done, and takes no
+// memory that would have to be fetched from the system in every call. In bfloat16 all of them: a
+// weight's gradient would be rounded after each stretch.
 template <class T>
-Tensor backward_loop(const Steps& steps, const OptionalTensor& grad_out,
-                     const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out,
-                     bool relu) {
+int64_t rows_of_a_stretch(const Steps& steps, int64_t H) {
+  if constexpr (!std::is_same_v<T, Sum<T>>) return steps.rows;
+  constexpr int64_t kBytes = 256 << 10, kLeast = 512;
+  const int64_t fitting = std::max<int64_t>(kBytes / (H * int64_t(sizeof(T))), kLeast);
+  const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);
+  return (steps.rows + parts - 1) / parts;
+}
+
+// Calls use(begin, end, dz) for stretches of steps, with their rows of dz: [rows, H], used for
+// something else afterwards.
+template <class T, class Use>
+void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
+                   const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out, bool relu,
+                   const Use& use) {
   const int64_t H = w_hh.size(0);
   const auto& loop = time_loop<T>();
-  Tensor dz = at::empty(out.sizes(), out.options());
   Backward<T> f;
   f.walk = steps.walk;
   f.hidden_size = H;
   f.relu = relu;
   const Tensor h = adjacent_features(out);
   f.out = steps.rows_of<const T>(h);
-  f.dz = steps.rows_of<T>(dz);
   Tensor g_out, g_h_n;
   if (grad_out) {
     g_out = adjacent_features(*grad_out);
@@ -198,99 +212,196 @@ Tensor backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, false);
-  steps.parallel(f.walk, H * (H + 16), panels_of<T>(H),
-                 [&](const Share& share) { loop.backward(f, share); });
-  return dz;
+  const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, H));
+  const Tensor dz = stretches.buffer(H, true);
+  for (size_t i = 0; i < stretches.ranges().size(); ++i) {
+    const auto range = stretches.ranges()[i];
+    stretches.carry(dz, i);
+    std::tie(f.walk.begin, f.walk.end) = range;
+    f.dz = stretches.addressed(dz, range, true);
+    steps.parallel(f.walk, H * (H + 16), panels_of<T>(H),
+                   [&](const Share& share) { loop.backward(f, share); });
+    use(range.first, range.second, stretches.rows(dz, range, true));
+  }
 }
 
-// ------------------------------------------------------------------------------ weight gradients
+// ------------------------------------------------------------------------------------- gradients
 
-// The defined ones of d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T and, beside d_w_ih,
-// d_b = sum dz, onto zeros.
+// Those that output_mask asks for, summed over stretches of dz: d_x = dz W_ih, d_h = dz_first W_hh,
+// d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T and d_b = sum dz.
 template <class T>
-void small_weight_gradients(const Steps& steps, const Tensor& dz, const Tensor& input,
-                            const OptionalTensor& hx, const Tensor& out, const Tensor& d_w_ih,
-                            const Tensor& d_w_hh, const Tensor& d_b, int64_t I, int64_t H) {
-  const auto& loop = time_loop<T>();
-  const T* z = dz.const_data_ptr<T>();
-  const Tensor x = d_w_ih.defined() ? adjacent_features(flat(input)) : Tensor();
-  const Tensor h = d_w_hh.defined() ? adjacent_features(flat(out)) : Tensor();
-  Tensor z_first, h0;
-  if (d_w_hh.defined() && hx) {
-    z_first = steps.walk.reverse ? steps.last(dz) : steps.first(dz);
-    h0 = adjacent_features(*hx);
+class GradientSums {
+ public:
+  GradientSums(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
+               const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+               std::array<bool, 5> output_mask)
+      : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), out_(flat(out)),
+        I_(w_ih.size(1)), H_(w_hh.size(0)) {
+    const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
+    need_ = output_mask;
+    own_w_ih_ = need_w_ih && kOwn && H_ * I_ <= kOwnOuterSum;
+    own_w_hh_ = need_w_hh && kOwn && H_ * H_ <= kOwnOuterSum;
+    if (own_w_hh_) out_ = adjacent_features(out_);
+    if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, out.options());
+    if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, out.options());
+    if (own_w_ih_ && need_b) d_b_ = at::zeros({H_}, out.options());
+    if (need_x) d_x_ = at::empty(input.sizes(), out.options());
+    if (hx && (need_h || need_w_hh)) {
+      z_first_ = at::empty({steps.walk.batch, H_}, out.options());
+    }
   }
-  // Threads take rows of the gradients, so that no sum depends on how many there are.
-  constexpr int64_t kBlock = 24;
-  const int64_t work = steps.rows * H * (I + H), blocks = (H + kBlock - 1) / kBlock;
-  const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    const int64_t m0 = begin * kBlock, m1 = std::min(end * kBlock, H);
-    OuterSum<T> f;
-    f.lda = H;
-    if (d_w_ih.defined()) {
-      f.rows = steps.rows;
-      f.N = f.ldc = I;
-      f.a = z;
-      f.b = x.const_data_ptr<T>();
-      f.ldb = x.stride(0);
-      f.c = d_w_ih.mutable_data_ptr<T>();
-      f.column_sums = d_b.defined() ? d_b.mutable_data_ptr<T>() : nullptr;
-      loop.outer_sum(f, m0, m1);
-      f.column_sums = nullptr;
-    }
-    if (!d_w_hh.defined()) return;
-    f.N = f.ldc = H;
-    f.c = d_w_hh.mutable_data_ptr<T>();
-    if (hx) {
-      f.rows = steps.walk.batch;
-      f.a = z_first.const_data_ptr<T>();
-      f.lda = z_first.stride(0);
-      f.b = h0.const_data_ptr<T>();
-      f.ldb = h0.stride(0);
-      loop.outer_sum(f, m0, m1);
-      f.lda = H;
-    }
-    f.ldb = h.stride(0);
-    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
-      f.rows = n;
-      f.a = z + at * H;
-      f.b = h.const_data_ptr<T>() + before * f.ldb;
-      loop.outer_sum(f, m0, m1);
-    });
-  });
-}
 
-// d_w_hh by the library.
-Tensor large_w_hh_gradient(const Steps& steps, const Tensor& dz, const OptionalTensor& hx,
-                           const Tensor& out, const Tensor& w_hh) {
-  Tensor sum;
-  const auto add = [&](const Tensor& z, const Tensor& h) {
-    sum.defined() ? (void)sum.addmm_(z.t(), h) : (void)(sum = at::mm(z.t(), h));
-  };
-  if (hx) add(steps.walk.reverse ? steps.last(dz) : steps.first(dz), *hx);
-  const Tensor z = flat(dz), h = flat(out);
-  if (!steps.packed()) {
-    steps.for_each_shift([&](int64_t at, int64_t before, int64_t n) {
-      add(z.narrow(0, at, n), h.narrow(0, before, n));
-    });
-  } else {
-    // The runs are short, and each would read and write the whole sum: gathered, they are one. The
-    // rows after the first step are all of them, in order; those before are each step's first.
-    const Tensor& gathered = steps.walk.reverse ? z : h;
-    std::vector<Tensor> before;
-    for (int64_t t = 1; t < steps.walk.seq_len; ++t) {
-      before.push_back(gathered.narrow(0, steps.first_row[t - 1], steps.walk.batch_sizes[t]));
+  // Of steps [begin, end), whose rows of dz are z.
+  void add(int64_t begin, int64_t end, const Tensor& z) {
+    const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
+    const int64_t row = steps_.row(begin), rows = z.size(0);
+    if (need_x) {
+      Tensor d_x = flat(d_x_).narrow(0, row, rows);
+      at::mm_out(d_x, z, w_ih_);
     }
-    if (!before.empty()) {
-      const int64_t B = steps.walk.batch, rest = steps.rows - B;
-      const Tensor prefixes = at::cat(before);
-      steps.walk.reverse ? add(prefixes, h.narrow(0, B, rest))
-                         : add(z.narrow(0, B, rest), prefixes);
+    if (z_first_.defined()) {
+      steps_.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
+        Steps::copy_rows(z, at - row, z_first_, b, n);
+      });
+    }
+    Tensor x;
+    if (need_w_ih) {
+      x = flat(rows == steps_.rows ? input_
+               : steps_.packed()   ? input_.narrow(0, row, rows)
+                                   : input_.narrow(0, begin, end - begin));
+    }
+    if (own_w_ih_ || own_w_hh_) {
+      if constexpr (kOwn) add_own(begin, end, z, own_w_ih_ ? adjacent_features(x) : x);
+    }
+    if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, x);
+    if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
+    if (need_b && !own_w_ih_) {
+      const Tensor sum = z.sum(0);
+      d_b_ = d_b_.defined() ? d_b_.add_(sum) : sum;
     }
   }
-  return sum.defined() ? sum : at::zeros_like(w_hh, at::MemoryFormat::Contiguous);
-}
+
+  // When every step has been added.
+  Gradients take() {
+    const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
+    Tensor d_h;
+    if (hx_ && need_h) d_h = at::mm(z_first_, w_hh_);
+    if (hx_ && own_w_hh_) {
+      if constexpr (kOwn) {
+        const Tensor h0 = adjacent_features(*hx_);
+        by_blocks(steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
+          OuterSum<T> f = w_hh_sum(h0);
+          f.rows = steps_.walk.batch;
+          f.a = z_first_.const_data_ptr<T>();
+          f.b = h0.const_data_ptr<T>();
+          time_loop<T>().outer_sum(f, m0, m1);
+        });
+      }
+    } else if (hx_ && need_w_hh) {
+      add_product(d_w_hh_, z_first_, *hx_);
+    }
+    if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = at::zeros({H_, H_}, out_.options());
+    return {d_x_, d_h, d_w_ih_, d_w_hh_, d_b_};
+  }
+
+ private:
+  static constexpr bool kOwn = std::is_same_v<T, Sum<T>>;
+
+  static void add_product(Tensor& sum, const Tensor& z, const Tensor& x) {
+    sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
+  }
+
+  // Threads take rows of the gradients, so that no sum depends on how many there are.
+  template <class F>
+  void by_blocks(int64_t work, const F& f) const {
+    constexpr int64_t kBlock = 24;
+    const int64_t blocks = (H_ + kBlock - 1) / kBlock;
+    const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
+    at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      f(begin * kBlock, std::min(end * kBlock, H_));
+    });
+  }
+
+  OuterSum<T> w_hh_sum(const Tensor& h) const {
+    OuterSum<T> f;
+    f.lda = f.N = f.ldc = H_;
+    f.ldb = h.stride(0);
+    f.c = d_w_hh_.template mutable_data_ptr<T>();
+    return f;
+  }
+
+  void add_own(int64_t begin, int64_t end, const Tensor& z, const Tensor& x) {
+    const auto& loop = time_loop<T>();
+    const T* data = z.const_data_ptr<T>();
+    const int64_t rows = z.size(0), row = steps_.row(begin);
+    by_blocks(rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+      if (own_w_ih_) {
+        OuterSum<T> f;
+        f.rows = rows;
+        f.lda = H_;
+        f.N = f.ldc = I_;
+        f.a = data;
+        f.b = x.const_data_ptr<T>();
+        f.ldb = x.stride(0);
+        f.c = d_w_ih_.template mutable_data_ptr<T>();
+        f.column_sums = d_b_.defined() ? d_b_.template mutable_data_ptr<T>() : nullptr;
+        loop.outer_sum(f, m0, m1);
+      }
+      if (!own_w_hh_) return;
+      OuterSum<T> f = w_hh_sum(out_);
+      steps_.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
+        f.rows = n;
+        f.a = data + (at - row) * H_;
+        f.b = out_.const_data_ptr<T>() + before * f.ldb;
+        loop.outer_sum(f, m0, m1);
+      });
+    });
+  }
+
+  // The runs of a packed batch are short, and each would read and write the whole sum: gathered,
+  // they are one.
+  void add_w_hh_of_library(int64_t begin, int64_t end, const Tensor& z) {
+    Gathered late(z), early(out_);  // dz, and the state before it
+    const int64_t row = steps_.row(begin);
+    steps_.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
+      late.add(at - row, n);
+      early.add(before, n);
+    });
+    if (!late.parts.empty()) add_product(d_w_hh_, late.rows(), early.rows());
+  }
+
+  // Rows of x that follow each other are one part, and no copy.
+  struct Gathered {
+    explicit Gathered(const Tensor& x) : x(x) {}
+
+    void add(int64_t at, int64_t n) {
+      if (!parts.empty() && parts.back().first + parts.back().second == at) {
+        parts.back().second += n;
+      } else {
+        parts.emplace_back(at, n);
+      }
+    }
+    Tensor rows() const {
+      std::vector<Tensor> narrowed;
+      for (const auto& [at, n] : parts) narrowed.push_back(x.narrow(0, at, n));
+      return narrowed.size() == 1 ? narrowed[0] : at::cat(narrowed);
+    }
+
+    const Tensor& x;
+    std::vector<std::pair<int64_t, int64_t>> parts;
+  };
+
+  const Steps& steps_;
+  const Tensor& input_;
+  const OptionalTensor& hx_;
+  const Tensor &w_ih_, &w_hh_;
+  Tensor out_;  // [rows, H]
+  const int64_t I_, H_;
+  std::array<bool, 5> need_;
+  bool own_w_ih_, own_w_hh_;
+  Tensor z_first_;  // [B, H], dz of each sequence's first step
+  Tensor d_x_, d_w_ih_, d_w_hh_, d_b_;
+};
 
 bool is_16bit(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
@@ -402,34 +513,20 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
     return backward_16bit(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu,
                           output_mask);
   }
-  Tensor dz;
-  if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
-    dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu);
-  } else if (in_bfloat16) {
-    dz = backward_loop<BFloat16>(steps, grad_out, grad_h_n, w_hh, out, relu);
-  } else {
-    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
-      dz = backward_loop<scalar_t>(steps, grad_out, grad_h_n, w_hh, out, relu);
-    });
-  }
-
-  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
-  if (need_x) d_x = at::mm(flat(dz), w_ih).view(input.sizes());
-  if (hx && need_h) d_h = at::mm(reverse ? steps.last(dz) : steps.first(dz), w_hh);
-  const bool own_w_ih = need_w_ih && !in_bfloat16 && H * I <= kOwnOuterSum;
-  const bool own_w_hh = need_w_hh && !in_bfloat16 && H * H <= kOwnOuterSum;
-  if (own_w_ih) d_w_ih = at::zeros({H, I}, dz.options());
-  if (own_w_hh) d_w_hh = at::zeros({H, H}, dz.options());
-  if (need_b) d_b = own_w_ih ? at::zeros({H}, dz.options()) : flat(dz).sum(0);
-  if (own_w_ih || own_w_hh) {
-    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward", [&] {
-      small_weight_gradients<scalar_t>(steps, dz, input, hx, out, d_w_ih, d_w_hh,
-                                       own_w_ih ? d_b : Tensor(), I, H);
-    });
-  }
-  if (need_w_ih && !own_w_ih) d_w_ih = at::mm(flat(dz).t(), flat(input));
-  if (need_w_hh && !own_w_hh) d_w_hh = large_w_hh_gradient(steps, dz, hx, out, w_hh);
-  return {d_x, d_h, d_w_ih, d_w_hh, d_b};
+  const auto run = [&]<class T>(T) {
+    GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, output_mask);
+    if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
+      sums.add(0, steps.walk.seq_len,
+               flat(backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu)));
+    } else {
+      backward_loop<T>(steps, grad_out, grad_h_n, w_hh, out, relu,
+                       [&](int64_t begin, int64_t end, const Tensor& z) { sums.add(begin, end, z); });
+    }
+    return sums.take();
+  };
+  if (in_bfloat16) return run(BFloat16{});
+  return AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward",
+                                    [&] { return run(scalar_t{}); });
 }
 
 // tanh as the time loop computes it, for its accuracy to be measured.
