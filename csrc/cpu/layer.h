@@ -288,6 +288,7 @@ class Space {
     large_ = c10::GetCPUAllocator()->allocate(size * sizeof(T));
   }
   T* data() { return large_ ? static_cast<T*>(large_.get()) : small_; }
+  void free() { large_.clear(); }
 
  private:
   static constexpr int64_t kSmall = (8 << 10) / sizeof(T);

@@ -221,6 +221,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     f.dz = stretches.addressed(dz, range, true);
     steps.parallel(f.walk, H * (H + 16), panels_of<T>(H),
                    [&](const Share& share) { loop.backward(f, share); });
+    if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));
   }
 }
@@ -246,9 +247,6 @@ class GradientSums {
     if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, out.options());
     if (own_w_ih_ && need_b) d_b_ = at::zeros({H_}, out.options());
     if (need_x) d_x_ = at::empty(input.sizes(), out.options());
-    if (hx && (need_h || need_w_hh)) {
-      z_first_ = at::empty({steps.walk.batch, H_}, out.options());
-    }
   }
 
   // Of steps [begin, end), whose rows of dz are z.
@@ -259,10 +257,15 @@ class GradientSums {
       Tensor d_x = flat(d_x_).narrow(0, row, rows);
       at::mm_out(d_x, z, w_ih_);
     }
-    if (z_first_.defined()) {
-      steps_.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
-        Steps::copy_rows(z, at - row, z_first_, b, n);
-      });
+    if (hx_ && (need_h || need_w_hh)) {
+      if (steps_.rows == steps_.walk.batch) {  // a single step
+        z_first_ = z;
+      } else {
+        if (!z_first_.defined()) z_first_ = at::empty({steps_.walk.batch, H_}, z.options());
+        steps_.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
+          Steps::copy_rows(z, at - row, z_first_, b, n);
+        });
+      }
     }
     Tensor x;
     if (need_w_ih) {
