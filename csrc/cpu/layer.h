@@ -395,12 +395,6 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z)
                    [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
 }
 
-// Up to so many numbers, a weight's gradient is summed over the rows by our own blocks. On Zen 3
-// (AVX2, one thread, GFLOP/s of [H, rows] x [rows, I]), they do 88 and the library 75 at H = I =
-// 64, 78 and 79 at 100, 60 and 78 at 128; and below 32, where calls count, twice the library's.
-// A training step breaks even at 112 to 128: calls of the library cost more than its rate says.
-inline constexpr int64_t kOwnOuterSum = 112 * 112;
-
 // ------------------------------------------------------------------------------- 16-bit storage
 
 // In rnn_layer_16bit.cpp, called by rnn_layer_cpu.cpp: the output of a forward, and the gradients

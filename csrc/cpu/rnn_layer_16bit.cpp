@@ -114,7 +114,7 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   for (const auto& [a, b] : pairs) rows += a.size(0);
   const int64_t block = part_of(M, spare / (2 * N));
   const int64_t chunk = part_of(rows, spare / (2 * (block + N)));
-  const bool own = M * N <= kOwnOuterSum;
+  const bool own = M * N <= time_loop<float>().outer_sum_numbers;
   const auto options = result.options().dtype(at::kFloat);
   const Tensor sum = at::empty({block, N}, options);
   const Tensor wide_a = at::empty({chunk, block}, options), wide_b = at::empty({chunk, N}, options);

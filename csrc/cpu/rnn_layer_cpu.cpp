@@ -240,8 +240,8 @@ class GradientSums {
         I_(w_ih.size(1)), H_(w_hh.size(0)) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
-    own_w_ih_ = need_w_ih && kOwn && H_ * I_ <= kOwnOuterSum;
-    own_w_hh_ = need_w_hh && kOwn && H_ * H_ <= kOwnOuterSum;
+    own_w_ih_ = need_w_ih && H_ * I_ <= time_loop<T>().outer_sum_numbers;
+    own_w_hh_ = need_w_hh && H_ * H_ <= time_loop<T>().outer_sum_numbers;
     if (own_w_hh_) out_ = adjacent_features(out_);
     if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, out.options());
     if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, out.options());

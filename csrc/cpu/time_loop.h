@@ -168,6 +168,7 @@ struct TimeLoop {
   void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h);  // h = act(z), which h may be
   // Rows [m0, m1) of c. nullptr in bfloat16, whose rows would have to be paired first.
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
+  int64_t outer_sum_numbers;  // the largest c for which the library is not faster, as measured
 };
 
 // The set that runs here: PyTorch's own choice (torch.backends.cpu.get_cpu_capability(), which

@@ -721,9 +721,18 @@ void run(const Cell& cell, const Share& share) {
 // ------------------------------------------------------------------------- sums of outer products
 //
 // c[m,n] += sum_r a[r,m] b[r,n]: a weight gradient, of dz and what the weight multiplied. Rows are
-// taken in chunks that stay in the first-level cache with all their columns; a chunk's sums start
-// from zero in registers, so that an addition rounds at the size of a chunk's sum; the column sums,
-// which have no lanes to spread a bias over, fold every 16 rows.
+// taken in chunks, of which what a panel of b and a few columns of a take stays in the first-level
+// cache; a chunk's sums start from zero in registers, so that an addition rounds at the size of a
+// chunk's sum; the column sums, which have no lanes to spread a bias over, fold every 16 rows.
+
+// Measured against MKL (notes/cpu.md, "Weight gradients").
+#if RNNFAST_VECTOR_BYTES == 64
+constexpr int64_t kOuterSumNumbers = 700 * 700;
+#elif RNNFAST_VECTOR_BYTES == 32
+constexpr int64_t kOuterSumNumbers = 160 * 160;
+#else
+constexpr int64_t kOuterSumNumbers = 112 * 112;
+#endif
 
 template <class T, int N>
 struct OuterCell {
@@ -771,7 +780,9 @@ template <class T>
 void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   constexpr int lanes = L<T>;
   constexpr int64_t kBytes = 24 << 10, kLeast = 16, kMost = 256;
-  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * (m1 - m0 + f.N));
+  const int64_t wide = f.N < kPanel * lanes ? f.N : kPanel * lanes;
+  const int64_t high = m1 - m0 < 32 ? m1 - m0 : 32;
+  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * (wide + high));
   const int64_t chunk = fitting < kLeast ? kLeast : fitting > kMost ? kMost : fitting;
   for (int64_t r = 0; r < f.rows; r += chunk) {
     const int64_t R = f.rows - r < chunk ? f.rows - r : chunk;
@@ -1032,11 +1043,12 @@ void activate_array(const Sum<T>* z, int64_t n, bool relu, T* h) {
 #if defined(RNNFAST_BFLOAT16)
 const TimeLoop<BFloat16> bf16 = {
     kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr};
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, 0};
 #else
 template <class T>
 constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,           forward<T>,
-                               backward<T>,   linear<T>,      activate_array<T>, outer_sum<T>};
+                               backward<T>,   linear<T>,      activate_array<T>, outer_sum<T>,
+                               kOuterSumNumbers};
 const TimeLoop<float> f32 = table<float>;
 const TimeLoop<double> f64 = table<double>;
 #endif
