@@ -41,7 +41,7 @@ class RNN(nn.RNNBase):
         dropout: probability of dropout on the outputs of every layer but the last, in training.
         bidirectional: whether every layer has a reverse direction too. Default: False.
         device: of the parameters.
-        dtype: of the parameters: any floating dtype; bfloat16 and float16 compute in float32.
+        dtype: of the parameters: any floating dtype; bfloat16 and float16 sum in float32.
 
     Inputs:
         ``input`` of ``[T, B, I]``, ``[B, T, I]``, unbatched ``[T, I]``, or a PackedSequence;

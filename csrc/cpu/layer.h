@@ -398,7 +398,8 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z)
 // ------------------------------------------------------------------------------- 16-bit storage
 
 // In rnn_layer_16bit.cpp, called by rnn_layer_cpu.cpp: the output of a forward, and the gradients
-// that output_mask asks for, of tensors stored in bfloat16 or float16. There is at least one row.
+// that output_mask asks for, of tensors stored in bfloat16 or float16, in float32 arithmetic. There
+// is at least one row.
 void forward_16bit(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
                    const Tensor& out);
 Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,

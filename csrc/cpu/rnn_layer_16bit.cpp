@@ -1,5 +1,5 @@
-// A layer stored in bfloat16 or float16. The arithmetic, and the state from step to step, are
-// float32. Nothing is widened whole, so that a step of training needs no more memory than nn.RNN's,
+// A layer stored in float16, or in bfloat16 where the processor has no products of it. The
+// arithmetic, and the state from step to step, are float32. Nothing is widened whole, so that a step of training needs no more memory than nn.RNN's,
 // which widens nothing: W_hh goes straight into the time loop's panels; steps are taken in
 // stretches; products over all steps widen a block of a weight and some rows at a time. Between the
 // recurrence of the backward and its products, dz is stored in 16 bits, like the outputs.

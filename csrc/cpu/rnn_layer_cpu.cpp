@@ -243,16 +243,19 @@ class GradientSums {
     own_w_ih_ = need_w_ih && H_ * I_ <= time_loop<T>().outer_sum_numbers;
     own_w_hh_ = need_w_hh && H_ * H_ <= time_loop<T>().outer_sum_numbers;
     if (own_w_hh_) out_ = adjacent_features(out_);
-    if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, out.options());
-    if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, out.options());
-    if (own_w_ih_ && need_b) d_b_ = at::zeros({H_}, out.options());
-    if (need_x) d_x_ = at::empty(input.sizes(), out.options());
   }
 
   // Of steps [begin, end), whose rows of dz are z.
   void add(int64_t begin, int64_t end, const Tensor& z) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
     const int64_t row = steps_.row(begin), rows = z.size(0);
+    if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
+      begun_ = true;
+      if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, z.options());
+      if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, z.options());
+      if (own_w_ih_ && need_b) d_b_ = at::zeros({H_}, z.options());
+      if (need_x) d_x_ = at::empty(input_.sizes(), z.options());
+    }
     if (need_x) {
       Tensor d_x = flat(d_x_).narrow(0, row, rows);
       at::mm_out(d_x, z, w_ih_);
@@ -401,7 +404,7 @@ class GradientSums {
   Tensor out_;  // [rows, H]
   const int64_t I_, H_;
   std::array<bool, 5> need_;
-  bool own_w_ih_, own_w_hh_;
+  bool own_w_ih_, own_w_hh_, begun_ = false;
   Tensor z_first_;  // [B, H], dz of each sequence's first step
   Tensor d_x_, d_w_ih_, d_w_hh_, d_b_;
 };

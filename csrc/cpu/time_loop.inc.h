@@ -173,9 +173,13 @@ struct Product<BFloat16> {
     return v;
   }
   static RNNFAST_INLINE V<float> load_part(const BFloat16* x, int n) {
+#if defined(RNNFAST_EMULATE_AVX512)
     V<float> v = {};
     __builtin_memcpy(&v, x, n * sizeof(BFloat16));
     return v;
+#else
+    return (V<float>)_mm512_maskz_loadu_epi16((1u << n) - 1, x);
+#endif
   }
   static RNNFAST_INLINE V<float> broadcast(const BFloat16* x, bool whole) {
     uint32_t pair = x->bits;
@@ -779,11 +783,12 @@ struct OuterCell {
 template <class T>
 void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   constexpr int lanes = L<T>;
-  constexpr int64_t kBytes = 24 << 10, kLeast = 16, kMost = 256;
-  const int64_t wide = f.N < kPanel * lanes ? f.N : kPanel * lanes;
-  const int64_t high = m1 - m0 < 32 ? m1 - m0 : 32;
-  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * (wide + high));
-  const int64_t chunk = fitting < kLeast ? kLeast : fitting > kMost ? kMost : fitting;
+  // A panel of b, and of a two lines or so of each row. Not of m1 - m0, which varies with the
+  // number of threads.
+  constexpr int64_t kBytes = 24 << 10, kMost = 256;
+  const int64_t columns = (f.N < kPanel * lanes ? f.N : kPanel * lanes) + 32;
+  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * columns);
+  const int64_t chunk = fitting > kMost ? kMost : fitting;
   for (int64_t r = 0; r < f.rows; r += chunk) {
     const int64_t R = f.rows - r < chunk ? f.rows - r : chunk;
     const T* a = f.a + r * f.lda;
@@ -869,6 +874,7 @@ RNNFAST_INLINE void add_lane_sums(const V<T> (&acc)[N], Sum<T>* z) {
     }
   }
 }
+
 template <class T, int M, int N>
 void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
   const T* x = f.x + b * f.ldx;
