@@ -519,7 +519,8 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
     return backward_16bit(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu,
                           output_mask);
   }
-  const auto run = [&]<class T>(T) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
     GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, output_mask);
     if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
       sums.add(0, steps.walk.seq_len,
