@@ -317,10 +317,11 @@ class GradientSums {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
   }
 
-  // Threads take rows of the gradients, so that no sum depends on how many there are.
+  // Threads take rows of the gradients, so that no sum depends on how many there are; few at a time,
+  // so that they have as much to do.
   template <class F>
   void by_blocks(int64_t work, const F& f) const {
-    constexpr int64_t kBlock = 24;
+    constexpr int64_t kBlock = 8;
     const int64_t blocks = (H_ + kBlock - 1) / kBlock;
     const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
     at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
