@@ -76,6 +76,13 @@ struct Steps {
     return !packed() ? t * walk.batch : t < walk.seq_len ? first_row[t] : rows;
   }
 
+  // Steps [begin, end) of a tensor [T, B, F] or packed [rows, F].
+  Tensor part(const Tensor& x, int64_t begin, int64_t end) const {
+    if (begin == 0 && end == walk.seq_len) return x;
+    return packed() ? x.narrow(0, row(begin), row(end) - row(begin))
+                    : x.narrow(0, begin, end - begin);
+  }
+
   // The rows of a [T, B, F] or packed [rows, F] tensor, whose features are adjacent.
   template <class T>
   Rows<T> rows_of(const Tensor& x) const {
@@ -224,13 +231,6 @@ class Stretches {
   Tensor buffer(int64_t features, bool with_step_before) const {
     const int64_t rows = rows_ + (with_step_before && ranges_.size() > 1 ? steps_.walk.batch : 0);
     return at::empty({rows, features}, c10::CppTypeToScalarType<Element<T>>::value);
-  }
-
-  // The stretch's rows of a tensor [T, B, F] or packed [rows, F].
-  Tensor part(const Tensor& x, std::pair<int64_t, int64_t> range) const {
-    const auto [begin, end] = range;
-    return steps_.packed() ? x.narrow(0, steps_.row(begin), steps_.row(end) - steps_.row(begin))
-                           : x.narrow(0, begin, end - begin);
   }
 
   // The stretch's rows of a buffer; `before`: one with the rows of the step before.

@@ -1,8 +1,9 @@
 // A layer stored in float16, or in bfloat16 where the processor has no products of it. The
-// arithmetic, and the state from step to step, are float32. Nothing is widened whole, so that a step of training needs no more memory than nn.RNN's,
-// which widens nothing: W_hh goes straight into the time loop's panels; steps are taken in
-// stretches; products over all steps widen a block of a weight and some rows at a time. Between the
-// recurrence of the backward and its products, dz is stored in 16 bits, like the outputs.
+// arithmetic, and the state from step to step, are float32. Nothing is widened whole, so that a step
+// of training needs no more memory than nn.RNN's, which widens nothing: W_hh goes straight into the
+// time loop's panels; steps are taken in stretches; products over all steps widen a block of a
+// weight and some rows at a time. Between the recurrence of the backward and its products, dz is
+// stored in 16 bits, like the outputs.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -182,7 +183,8 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
     const auto range = stretches.ranges()[i];
-    const Tensor x_s = stretches.part(input, range), out_s = stretches.part(out, range);
+    const Tensor x_s = steps.part(input, range.first, range.second);
+    const Tensor out_s = steps.part(out, range.first, range.second);
     const Tensor rows = stretches.rows(wide_x, range, false);
     const Tensor z = stretches.rows(wide_out, range, true);
     widen_block(wide_x.mutable_data_ptr<float>(), I, flat(x_s), 0, rows.size(0), 0, I);
@@ -234,7 +236,8 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     const Tensor wide_out = stretches.buffer(H, false), wide_dz = stretches.buffer(H, true);
     for (size_t i = 0; i < stretches.ranges().size(); ++i) {
       const auto range = stretches.ranges()[i];
-      const Tensor out_s = stretches.part(out, range), dz_s = stretches.part(dz, range);
+      const Tensor out_s = steps.part(out, range.first, range.second);
+      const Tensor dz_s = steps.part(dz, range.first, range.second);
       const Tensor rows = stretches.rows(wide_dz, range, true);
       widen_block(wide_out.mutable_data_ptr<float>(), H, flat(out_s), 0, rows.size(0), 0, H);
       stretches.carry(wide_dz, i);
@@ -243,7 +246,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
       f.out = Rows<const float>{h_rows.data, h_rows.stride_t, h_rows.stride_b};
       f.dz = stretches.addressed(wide_dz, range, true);
       if (grad_out) {  // each number is read where its dz is written
-        const Tensor g_s = flat(stretches.part(*grad_out, range));
+        const Tensor g_s = flat(steps.part(*grad_out, range.first, range.second));
         widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }

@@ -248,7 +248,7 @@ class GradientSums {
   // Of steps [begin, end), whose rows of dz are z.
   void add(int64_t begin, int64_t end, const Tensor& z) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
-    const int64_t row = steps_.row(begin), rows = z.size(0);
+    const int64_t row = steps_.row(begin);
     if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
       begun_ = true;
       if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, z.options());
@@ -257,7 +257,7 @@ class GradientSums {
       if (need_x) d_x_ = at::empty(input_.sizes(), z.options());
     }
     if (need_x) {
-      Tensor d_x = flat(d_x_).narrow(0, row, rows);
+      Tensor d_x = flat(steps_.part(d_x_, begin, end));
       at::mm_out(d_x, z, w_ih_);
     }
     if (hx_ && (need_h || need_w_hh)) {
@@ -271,11 +271,7 @@ class GradientSums {
       }
     }
     Tensor x;
-    if (need_w_ih) {
-      x = flat(rows == steps_.rows ? input_
-               : steps_.packed()   ? input_.narrow(0, row, rows)
-                                   : input_.narrow(0, begin, end - begin));
-    }
+    if (need_w_ih) x = flat(steps_.part(input_, begin, end));
     if (own_w_ih_ || own_w_hh_) {
       if constexpr (kOwn) add_own(begin, end, z, own_w_ih_ ? adjacent_features(x) : x);
     }
