@@ -10,11 +10,32 @@ import argparse
 import os
 
 import torch
+import torch.distributed.nn  # before the group is there: its functions' default arguments keep it
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rnnfast
 from rnnfast.sine import RNNModel, data
+
+
+def train(epochs, seed):
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(seed)
+    model = DistributedDataParallel(RNNModel(rnnfast.RNN).double())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    inputs, targets = data("position")
+    if len(inputs) % world:
+        raise SystemExit(f"{len(inputs)} windows cannot be shared equally by {world} processes")
+    inputs, targets = inputs.chunk(world)[rank], targets.chunk(world)[rank]
+    for epoch in range(1, epochs + 1):
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        whole = loss.detach()
+        distributed.all_reduce(whole, distributed.ReduceOp.SUM)
+        if rank == 0 and epoch % 10 == 0:
+            print(f"epoch {epoch:4}  loss {whole.item() / world:.6f}")
 
 
 def main():
@@ -25,25 +46,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(max(torch.get_num_threads() // world, 1))
+    torch.set_num_threads(max(torch.get_num_threads() // int(os.environ["WORLD_SIZE"]), 1))
     distributed.init_process_group("gloo")
-    torch.manual_seed(options.seed)
-    model = DistributedDataParallel(RNNModel(rnnfast.RNN).double())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    inputs, targets = data("position")
-    if len(inputs) % world:
-        raise SystemExit(f"{len(inputs)} windows cannot be shared equally by {world} processes")
-    inputs, targets = inputs.chunk(world)[rank], targets.chunk(world)[rank]
-    for epoch in range(1, options.epochs + 1):
-        loss = nn.functional.mse_loss(model(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        whole = loss.detach()
-        distributed.all_reduce(whole, distributed.ReduceOp.SUM)
-        if rank == 0 and epoch % 10 == 0:
-            print(f"epoch {epoch:4}  loss {whole.item() / world:.6f}")
+    train(options.epochs, options.seed)
+    # The model is gone, so that nothing keeps the group: its threads end here, not while the
+    # interpreter does, where one that still has a tensor to free would abort the process.
     distributed.destroy_process_group()
 
 
