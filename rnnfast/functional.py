@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import _VF, Tensor
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 
 from . import backends, onnx, reference
 
@@ -15,6 +17,9 @@ __all__ = ["rnn", "rnn_cell"]
 
 _COMPILED = ("cpu", "cuda", "triton")  # kernels of torch.ops.rnnfast.rnn_layer
 _Layer = Callable[..., tuple[Tensor, Tensor]]
+
+if backends.extension_error is None:  # looked up once: each time costs a fortieth of a small call
+    rnn_op, rnn_cell_op = torch.ops.rnnfast.rnn.default, torch.ops.rnnfast.rnn_cell.default
 
 
 def rnn(
@@ -62,7 +67,7 @@ def rnn(
     backend = backends.select(input, hidden_size, batch_sizes is not None)
     if takes_whole_calls(backend):  # the loop below, without its overhead
         drop = dropout if training else 0.0
-        return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
+        return rnn_op(  # type: ignore[no-any-return]
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
             batch_first,
         )  # fmt: skip
@@ -129,9 +134,7 @@ def rnn(
 
 def takes_whole_calls(backend: str) -> bool:
     """Whether C++ walks layers and directions; a trace is to hold the op of each layer."""
-    return backend in _COMPILED and not (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state()
-    )
+    return backend in _COMPILED and not (is_compiling() or _get_tracing_state())
 
 
 def _torch_rnn(
@@ -206,7 +209,7 @@ def rnn_cell(
         )
     backend = backends.select(input, w_hh.size(1))
     if takes_whole_calls(backend):
-        return torch.ops.rnnfast.rnn_cell.default(  # type: ignore[no-any-return]
+        return rnn_cell_op(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )
     if onnx.exporter():  # ONNX has no cell, and takes plain operators

@@ -149,7 +149,7 @@ class RNN(nn.RNNBase):
         try:
             backend = backends.select(input, self.hidden_size, batch_sizes is not None)
             if functional.takes_whole_calls(backend):
-                return torch.ops.rnnfast.rnn.default(  # type: ignore[no-any-return]
+                return functional.rnn_op(  # type: ignore[no-any-return]
                     input, hx, self._flat_weights, batch_sizes, nonlinearity, self.bias,
                     self.num_layers, self.dropout if self.training else 0.0, self.bidirectional,
                     self.batch_first,
@@ -218,9 +218,7 @@ class RNNCell(nn.RNNCell):
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
         try:
             if functional.takes_whole_calls(backends.select(input, self.hidden_size)):
-                h: Tensor = torch.ops.rnnfast.rnn_cell.default(
-                    input, hx, *weights, self.nonlinearity
-                )
+                h: Tensor = functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
                 return h if batched else h.squeeze(0)
         except RuntimeError:
             pass  # as in RNN: said again below, in the words of nn.RNNCell
