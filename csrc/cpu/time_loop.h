@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "tanh_table.h"
+
 namespace rnnfast::cpu {
 
 // bfloat16 as it is stored. Its products are of pairs of neighbours, x[k] w[k] + x[k+1] w[k+1], added

@@ -263,6 +263,7 @@ struct TanhConstants<double> {
 
 // In place, and stage by stage over W vectors: one alone waits for its own latencies (20 cycles a
 // vector on Zen 3, 13 in fours).
+#define RNNFAST_EACH _Pragma("GCC unroll 8") for (int i = 0; i < W; ++i)
 template <class T, int W>
 RNNFAST_INLINE void tanh(V<T> (&x)[W]) {
   using C = TanhConstants<T>;
@@ -271,7 +272,6 @@ RNNFAST_INLINE void tanh(V<T> (&x)[W]) {
   constexpr int odd = sizeof(C::odd) / sizeof(T), exp = sizeof(C::exp) / sizeof(T);
   const Bits sign_bit = (Bits)(-V<T>{});
   V<T> magnitude[W], y[W], shifted[W], n[W], r[W], p[W], e[W], t[W], z[W], small[W];
-#define RNNFAST_EACH _Pragma("GCC unroll 8") for (int i = 0; i < W; ++i)
   RNNFAST_EACH magnitude[i] = (V<T>)((Bits)x[i] & ~sign_bit);
   // Ordered so that a NaN is kept.
   RNNFAST_EACH y[i] = magnitude[i] > C::saturated ? V<T>{} + C::saturated : magnitude[i];
@@ -300,8 +300,48 @@ RNNFAST_INLINE void tanh(V<T> (&x)[W]) {
   RNNFAST_EACH small[i] = z[i] * small[i] + magnitude[i];
   RNNFAST_EACH y[i] = magnitude[i] < T(0.3125) ? small[i] : y[i];
   RNNFAST_EACH x[i] = (V<T>)((Bits)y[i] | ((Bits)x[i] & sign_bit));
-#undef RNNFAST_EACH
 }
+
+#if RNNFAST_VECTOR_BYTES == 64
+// table[index % 32] in every lane.
+RNNFAST_INLINE V<float> look_up(const float (&table)[32], Vector<float>::Bits index) {
+#if defined(RNNFAST_EMULATE_AVX512)
+  V<float> v;
+  for (int i = 0; i < L<float>; ++i) v[i] = table[index[i] % 32];
+  return v;
+#else
+  return (V<float>)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index,
+                                          (__m512)load(table + L<float>));
+#endif
+}
+
+// Where one instruction looks up 32 floats: tanh_table.h instead of the above, at most 1 ulp.
+template <int W>
+RNNFAST_INLINE void tanh_by_table(V<float> (&x)[W]) {
+  using Bits = Vector<float>::Bits;
+  constexpr float saturated = TanhConstants<float>::saturated;
+  constexpr uint32_t least = 0x3d800000;  // 1/16: the first interval is all below 5/64
+  const Bits sign_bit = (Bits)(-V<float>{});
+  V<float> d[W], p[W];
+  Bits index[W];
+  RNNFAST_EACH d[i] = (V<float>)((Bits)x[i] & ~sign_bit);
+  // Ordered so that a NaN is kept; infinity's interval is that of 10.
+  RNNFAST_EACH d[i] = saturated < d[i] ? V<float>{} + saturated : d[i];
+  RNNFAST_EACH index[i] = (Bits)d[i] > least ? (Bits)d[i] : Bits{} + least;
+  RNNFAST_EACH index[i] >>= 21;
+  RNNFAST_EACH d[i] -= look_up(kTanhTable[0], index[i]);
+  RNNFAST_EACH p[i] = look_up(kTanhTable[kTanhDegree + 1], index[i]);
+#pragma GCC unroll 8
+  for (int k = kTanhDegree; k >= 1; --k)
+    RNNFAST_EACH p[i] = p[i] * d[i] + look_up(kTanhTable[k], index[i]);
+  RNNFAST_EACH x[i] = (V<float>)((Bits)p[i] | ((Bits)x[i] & sign_bit));
+}
+template <>
+RNNFAST_INLINE void tanh<float, 4>(V<float> (&x)[4]) {
+  tanh_by_table(x);
+}
+#endif
+#undef RNNFAST_EACH
 
 // ------------------------------------------------------------------------------ register blocks
 
