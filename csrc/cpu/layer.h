@@ -305,42 +305,63 @@ void widen(const Stored* from, int64_t stride, int64_t n, float* to) {
   }
 }
 
-// Packs w^T (transposed) or w, of type Stored, into the time loop's panels, shared out where there
-// are many.
+// w^T (transposed) or w, of type Stored, to be packed into the time loop's panels.
+template <class T, class Stored = T>
+class Packing {
+ public:
+  Packing(const Tensor& w, bool transposed)
+      : K(w.size(transposed ? 1 : 0)), N(w.size(transposed ? 0 : 1)),
+        stride_k_(w.stride(transposed ? 1 : 0)), stride_n_(w.stride(transposed ? 0 : 1)),
+        weights_(data_of<const Stored>(w)) {}
+
+  // Elements of panels [0, p).
+  int64_t size(int64_t p) const {
+    return loop_.packed_size(K, std::min(p * loop_.panel_columns, N));
+  }
+
+  // Panels [begin, end), to where the first of them is to lie.
+  void pack(int64_t begin, int64_t end, T* packed) const {
+    const int64_t n0 = begin * loop_.panel_columns;
+    const int64_t n1 = std::min(end * loop_.panel_columns, N);
+    if constexpr (std::is_same_v<T, Stored>) {
+      loop_.pack(weights_ + n0 * stride_n_, stride_k_, stride_n_, K, n1 - n0, packed);
+    } else {
+      Space<T> wide(K * loop_.panel_columns);  // a panel, in the order of the weights
+      for (int64_t n = n0; n < n1; n += loop_.panel_columns) {
+        const int64_t columns = std::min(loop_.panel_columns, n1 - n);
+        const Stored* from = weights_ + n * stride_n_;
+        const bool by_k = stride_k_ > stride_n_;
+        const int64_t outer = by_k ? K : columns, inner = by_k ? columns : K;
+        const int64_t outer_stride = by_k ? stride_k_ : stride_n_;
+        const int64_t inner_stride = by_k ? stride_n_ : stride_k_;
+        for (int64_t i = 0; i < outer; ++i) {
+          widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
+        }
+        loop_.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns,
+                   packed + loop_.packed_size(K, n - n0));
+      }
+    }
+  }
+
+  const int64_t K, N;
+
+ private:
+  const TimeLoop<T>& loop_ = time_loop<T>();
+  const int64_t stride_k_, stride_n_;
+  const Stored* weights_;
+};
+
+// All panels, shared out where there are many; returns where they begin, and moves `space` on.
 template <class T, class Stored = T>
 const T* pack_into(T*& space, const Tensor& w, bool transposed) {
-  const TimeLoop<T>& loop = time_loop<T>();
+  const Packing<T, Stored> packing(w, transposed);
   T* packed = space;
-  const int64_t K = w.size(transposed ? 1 : 0), N = w.size(transposed ? 0 : 1);
-  const int64_t stride_k = w.stride(transposed ? 1 : 0), stride_n = w.stride(transposed ? 0 : 1);
-  const Stored* weights = data_of<const Stored>(w);
   constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
+  const int64_t panels = panels_of<T>(packing.N);
   at::parallel_for(
-      0, panels_of<T>(N), kWeightsPerThread / (K * loop.panel_columns) + 1,
-      [&](int64_t begin, int64_t end) {
-        int64_t n0 = begin * loop.panel_columns;
-        const int64_t n1 = std::min(end * loop.panel_columns, N);
-        if constexpr (std::is_same_v<T, Stored>) {
-          loop.pack(weights + n0 * stride_n, stride_k, stride_n, K, n1 - n0,
-                    packed + loop.packed_size(K, n0));
-        } else {
-          Space<T> wide(K * loop.panel_columns);  // a panel, in the order of the weights
-          for (; n0 < n1; n0 += loop.panel_columns) {
-            const int64_t columns = std::min(loop.panel_columns, n1 - n0);
-            const Stored* from = weights + n0 * stride_n;
-            const bool by_k = stride_k > stride_n;
-            const int64_t outer = by_k ? K : columns, inner = by_k ? columns : K;
-            const int64_t outer_stride = by_k ? stride_k : stride_n;
-            const int64_t inner_stride = by_k ? stride_n : stride_k;
-            for (int64_t i = 0; i < outer; ++i) {
-              widen(from + i * outer_stride, inner_stride, inner, wide.data() + i * inner);
-            }
-            loop.pack(wide.data(), by_k ? columns : 1, by_k ? 1 : K, K, columns,
-                      packed + loop.packed_size(K, n0));
-          }
-        }
-      });
-  space += loop.packed_size(K, N);
+      0, panels, kWeightsPerThread / (packing.K * time_loop<T>().panel_columns) + 1,
+      [&](int64_t begin, int64_t end) { packing.pack(begin, end, packed + packing.size(begin)); });
+  space += packing.size(panels);
   return packed;
 }
 
@@ -371,6 +392,18 @@ inline int64_t level2_cache() {
   return bytes > 0 ? bytes : 512 << 10;
 }
 
+// Bytes of weights that a block of a few rows reads about as fast as it multiplies: those of the
+// second-level cache, and where the third level is a core complex's own, as AMD's is, several times
+// as many.
+inline int64_t weights_in_reach() {
+#if defined(__x86_64__)
+  static const bool near_level3 = __builtin_cpu_is("amd");
+#else
+  constexpr bool near_level3 = false;
+#endif
+  return near_level3 ? 8 * level2_cache() : level2_cache() * 5 / 8;
+}
+
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded and the weights of both stay in reach, which saves writing and reading
 // every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
@@ -382,7 +415,7 @@ inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H, int64_t bytes
   const bool pairs = bytes == 2;
   return I <= 8 || steps.rows * I * H < (pairs ? 1'000'000 : 250'000) ||
          (B >= (pairs ? 1 : 4) && weights <= 40'000) ||
-         (B >= (pairs ? 16 : 8) && (I <= 128 || weights * bytes <= 8 * level2_cache()));
+         (B >= (pairs ? 16 : 8) && (I <= 128 || weights * bytes <= weights_in_reach()));
 }
 
 // z += x w^T, for some rows. Strides of the features are 1.

@@ -108,6 +108,33 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
   }
 }
 
+// A single step: nothing but the next panel has to be packed at a time, by the thread that uses it,
+// so that no weights travel from core to core. False where that would not share out the panels
+// evenly.
+template <class T>
+bool forward_step_by_panels(const Steps& steps, const Direction& layer, Forward<T> f) {
+  const int64_t panels = panels_of<T>(f.hidden_size);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (steps.walk.seq_len != 1 || (panels % threads != 0 && panels < 4 * threads)) return false;
+  const Packing<T> w_hh(layer.w_hh, true), w_ih(layer.w_ih, true);
+  const int64_t size = w_hh.size(1), size_ih = f.input_size > 0 ? w_ih.size(1) : 0;
+  const int64_t work = (steps.rows + 4) * (f.hidden_size + f.input_size) * w_hh.N / panels;
+  at::parallel_for(0, panels, kWorkPerThread / work + 1, [&](int64_t begin, int64_t end) {
+    Space<T> packed(size + size_ih);
+    Forward<T> panel = f;
+    for (int64_t p = begin; p < end; ++p) {
+      w_hh.pack(p, p + 1, packed.data());
+      panel.w_hh = packed.data() - p * size;  // where the loop looks for panel p
+      if (size_ih > 0) {
+        w_ih.pack(p, p + 1, packed.data() + size);
+        panel.w_ih = packed.data() + size - p * size_ih;
+      }
+      time_loop<T>().forward(panel, {.b0 = 0, .b1 = steps.walk.batch, .p0 = p, .p1 = p + 1});
+    }
+  });
+  return true;
+}
+
 template <class T>
 void forward_loop(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
                   const Tensor& out) {
@@ -121,15 +148,11 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
 
   const bool fused = worth_fusing(steps, I, H, sizeof(T));
   Tensor x;
-  Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
-  T* space = packed.data();
-  f.w_hh = pack_into(space, layer.w_hh, true);
   Space<Sum<T>> bias(fused ? panels_of<T>(H) * loop.panel_columns : 0);
   if (fused) {
     x = adjacent_features(input);
     f.input_size = I;
     f.x = steps.rows_of<const T>(x);
-    f.w_ih = pack_into(space, layer.w_ih, true);
     Sum<T>* end = bias.data();
     if (layer.b_ih || layer.b_hh) f.bias = pack_bias_into<Sum<T>, Element<T>>(end, layer);
   } else {
@@ -140,6 +163,11 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
     h0 = adjacent_features(*layer.hx);
     f.h0 = Rows<const T>{data_of<const T>(h0), 0, h0.stride(0)};
   }
+  if (forward_step_by_panels(steps, layer, f)) return;
+  Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
+  T* space = packed.data();
+  f.w_hh = pack_into(space, layer.w_hh, true);
+  if (fused) f.w_ih = pack_into(space, layer.w_ih, true);
   steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<T>(H),
                  [&](const Share& share) { loop.forward(f, share); });
 }
