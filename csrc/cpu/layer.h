@@ -428,6 +428,18 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z)
                    [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
 }
 
+// Threads take the M rows of a gradient, f(m0, m1), so that no sum depends on how many there are;
+// few at a time, so that they have as much to do.
+template <class F>
+void by_gradient_rows(int64_t M, int64_t work, const F& f) {
+  constexpr int64_t kBlock = 8;
+  const int64_t blocks = (M + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    f(begin * kBlock, std::min(end * kBlock, M));
+  });
+}
+
 // ------------------------------------------------------------------------------- 16-bit storage
 
 // In rnn_layer_16bit.cpp, called by rnn_layer_cpu.cpp: the output of a forward, and the gradients

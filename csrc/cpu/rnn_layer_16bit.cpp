@@ -130,7 +130,9 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
       if (own) {
         OuterSum<float> f = {filled, N, a_data, block, b_data, N,
                              sum_m.mutable_data_ptr<float>(), N};
-        time_loop<float>().outer_sum(f, 0, m);
+        by_gradient_rows(m, filled * m * N, [&](int64_t begin, int64_t end) {
+          time_loop<float>().outer_sum(f, begin, end);
+        });
       } else {
         sum_m.addmm_(wide_a.narrow(0, 0, filled).narrow(1, 0, m).t(), wide_b.narrow(0, 0, filled));
       }

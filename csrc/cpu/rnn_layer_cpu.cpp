@@ -319,7 +319,7 @@ class GradientSums {
     if (hx_ && own_w_hh_) {
       if constexpr (kOwn) {
         const Tensor h0 = adjacent_features(*hx_);
-        by_blocks(steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
+        by_gradient_rows(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
           OuterSum<T> f = w_hh_sum(h0);
           f.rows = steps_.walk.batch;
           f.a = z_first_.const_data_ptr<T>();
@@ -341,18 +341,6 @@ class GradientSums {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
   }
 
-  // Threads take rows of the gradients, so that no sum depends on how many there are; few at a time,
-  // so that they have as much to do.
-  template <class F>
-  void by_blocks(int64_t work, const F& f) const {
-    constexpr int64_t kBlock = 8;
-    const int64_t blocks = (H_ + kBlock - 1) / kBlock;
-    const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
-    at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      f(begin * kBlock, std::min(end * kBlock, H_));
-    });
-  }
-
   OuterSum<T> w_hh_sum(const Tensor& h) const {
     OuterSum<T> f;
     f.lda = f.N = f.ldc = H_;
@@ -365,7 +353,7 @@ class GradientSums {
     const auto& loop = time_loop<T>();
     const T* data = z.const_data_ptr<T>();
     const int64_t rows = z.size(0), row = steps_.row(begin);
-    by_blocks(rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+    by_gradient_rows(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
       if (own_w_ih_) {
         OuterSum<T> f;
         f.rows = rows;
