@@ -271,6 +271,10 @@ class Stretches {
 
 inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
+inline Tensor adjacent_features(const Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
 // --------------------------------------------------------------------------------------- packing
 
 template <class T>
@@ -426,6 +430,77 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z)
   const int64_t work = batch * f.K;
   at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),
                    [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
+}
+
+// c = start + a w by our own blocks. A panel of w is packed, as many of its rows at a time as stay
+// in the second-level cache, by the thread that takes rows of `a` past it.
+template <class T>
+void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, const Tensor& c) {
+  constexpr int64_t kPart = 1024;
+  const auto& loop = time_loop<T>();
+  const int64_t rows = a.size(0), K = w.size(0), N = w.size(1), width = loop.panel_columns;
+  std::vector<Packing<T>> parts;
+  for (int64_t k = 0; k < K; k += kPart) {
+    parts.emplace_back(w.narrow(0, k, std::min(kPart, K - k)), /*transposed=*/false);
+  }
+  PanelProduct<T> whole;
+  whole.lda = a.stride(0);
+  whole.ldc = c.stride(0);
+  const T* a_data = data_of<const T>(a);
+  const T* from = start.defined() ? data_of<const T>(start) : nullptr;
+  const int64_t ld_start = start.defined() && start.dim() == 2 ? start.stride(0) : 0;
+  T* c_data = data_of<T>(c);
+  const auto run = [&](int64_t p0, int64_t p1, int64_t r0, int64_t r1) {
+    Space<T> packed(loop.packed_size(std::min(K, kPart), std::min(N, width)));
+    PanelProduct<T> f = whole;
+    f.rows = r1 - r0;
+    f.w = packed.data();
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t n = p * width;
+      f.columns = std::min(width, N - n);
+      f.a = a_data + r0 * f.lda;
+      f.c = c_data + r0 * f.ldc + n;
+      f.start = from ? from + r0 * ld_start + n : nullptr;
+      f.ld_start = ld_start;
+      for (const auto& part : parts) {
+        part.pack(p, p + 1, packed.data());
+        f.K = part.K;
+        loop.panel_product(f);
+        f.a += f.K;
+        f.start = f.c;
+        f.ld_start = f.ldc;
+      }
+    }
+  };
+  const int64_t panels = panels_of<T>(N), work = rows * K * N;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (panels % threads == 0 || panels >= 4 * threads) {
+    at::parallel_for(0, panels, kWorkPerThread * panels / (work + 1) + 1,
+                     [&](int64_t p0, int64_t p1) { run(p0, p1, 0, rows); });
+  } else {  // uneven: rows instead, every thread packing all panels
+    at::parallel_for(0, rows, kWorkPerThread * rows / (work + 1) + 1,
+                     [&](int64_t r0, int64_t r1) { run(0, panels, r0, r1); });
+  }
+}
+
+// c = start + a w, all [rows, *], with `start` undefined, a row of its own or c itself.
+template <class T>
+void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& w) {
+  constexpr int64_t kFewRows = 4;
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (outruns_library() && a.size(0) > kFewRows && c.stride(1) == 1) {
+      return add_own_product<T>(adjacent_features(a), w,
+                                start.defined() ? adjacent_features(start) : start, c);
+    }
+  }
+  start.defined() ? at::addmm_out(c, start, a, w) : at::mm_out(c, a, w);
+}
+
+// Whether a weight gradient of so many numbers is the time loop's outer_sum.
+template <class T>
+bool worth_own_sums(int64_t numbers) {
+  return std::is_same_v<T, Sum<T>> &&
+         (outruns_library() || numbers <= time_loop<T>().outer_sum_numbers);
 }
 
 // Threads take the M rows of a gradient, f(m0, m1), so that no sum depends on how many there are;

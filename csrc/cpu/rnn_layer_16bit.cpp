@@ -76,7 +76,7 @@ void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w, int64
     w_n.copy_(w.narrow(0, n0, n));
     Tensor z_n = z.narrow(1, n0, n);
     if (rows > kFewRows) {
-      z_n.addmm_(x, w_n.t());
+      product_into<float>(z_n, z_n, x, w_n.t());
     } else {
       add_linear<float>({x.const_data_ptr<float>(), 0, x.stride(0)}, w_n, rows,
                         {z_n.mutable_data_ptr<float>(), 0, z_n.stride(0)});
@@ -100,7 +100,7 @@ void widened_product(const Tensor& result, const Tensor& x, const Tensor& w, int
       const Tensor w_n = wide_w.narrow(1, 0, n);
       widen_block(wide_w.mutable_data_ptr<float>(), block, w, 0, K, n0, n);
       Tensor y_n = y.narrow(0, 0, m).narrow(1, 0, n);
-      at::mm_out(y_n, x_r, w_n);
+      product_into<float>(y_n, Tensor(), x_r, w_n);
       result.narrow(0, r, m).narrow(1, n0, n).copy_(y_n);
     }
   }
@@ -115,7 +115,7 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   for (const auto& [a, b] : pairs) rows += a.size(0);
   const int64_t block = part_of(M, spare / (2 * N));
   const int64_t chunk = part_of(rows, spare / (2 * (block + N)));
-  const bool own = M * N <= time_loop<float>().outer_sum_numbers;
+  const bool own = worth_own_sums<float>(M * N);
   const auto options = result.options().dtype(at::kFloat);
   const Tensor sum = at::empty({block, N}, options);
   const Tensor wide_a = at::empty({chunk, block}, options), wide_b = at::empty({chunk, N}, options);

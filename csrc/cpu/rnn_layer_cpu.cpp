@@ -1,7 +1,7 @@
 // The CPU kernels of the ops in ../op.cpp. Time-parallel work (input projection, weight and input
-// gradients) is one large product each and goes to the library, unless it is small; the recurrence
-// goes to the time loop, shared out between ATen's threads, unless the rows are so few that the
-// weights are not worth packing.
+// gradients) is one large product each and goes to the library, unless it is small or our blocks
+// are faster on this processor; the recurrence goes to the time loop, shared out between ATen's
+// threads, unless the rows are so few that the weights are not worth packing.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -26,10 +26,6 @@ namespace {
 // A library call below must compute in the dtype of its operands, whatever autocast is on.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-Tensor adjacent_features(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
 // --------------------------------------------------------------------------------------- forward
 
 // Whether the rows are too few for packing the weights to pay: measured break-evens, with I = H
@@ -40,14 +36,11 @@ bool worth_no_packing(const Steps& steps, int64_t H) {
 }
 
 // out = x W_ih^T + bias, for all steps at once.
-void project(const Tensor& input, const Direction& layer, Tensor out) {
+template <class T>
+void project(const Tensor& input, const Direction& layer, const Tensor& out) {
   const OptionalTensor &b_ih = layer.b_ih, &b_hh = layer.b_hh;
-  if (b_ih || b_hh) {
-    const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : *b_hh;
-    at::addmm_out(out, bias, flat(input), layer.w_ih.t());
-  } else {
-    at::mm_out(out, flat(input), layer.w_ih.t());
-  }
+  const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : b_hh.value_or(Tensor());
+  product_into<T>(out, bias, flat(input), layer.w_ih.t());
 }
 
 // Step by step, the weights as they lie.
@@ -65,7 +58,7 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
   // One product over all steps, unless it would cost less than its call.
   const bool projected =
       !sums_apart && walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H, sizeof(T));
-  if (projected) project(input, layer, flat(out));
+  if (projected) project<T>(input, layer, flat(out));
   Space<Sum<T>> bias(panels_of<T>(H) * time_loop<T>().panel_columns);
   Sum<T>* end = bias.data();
   pack_bias_into<Sum<T>, Element<T>>(end, layer);
@@ -156,7 +149,7 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
     Sum<T>* end = bias.data();
     if (layer.b_ih || layer.b_hh) f.bias = pack_bias_into<Sum<T>, Element<T>>(end, layer);
   } else {
-    project(input, layer, flat(out));
+    project<T>(input, layer, flat(out));
   }
   Tensor h0;
   if (layer.hx) {
@@ -268,8 +261,8 @@ class GradientSums {
         I_(w_ih.size(1)), H_(w_hh.size(0)) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
-    own_w_ih_ = need_w_ih && H_ * I_ <= time_loop<T>().outer_sum_numbers;
-    own_w_hh_ = need_w_hh && H_ * H_ <= time_loop<T>().outer_sum_numbers;
+    own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
+    own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_);
     if (own_w_hh_) out_ = adjacent_features(out_);
   }
 
@@ -285,8 +278,7 @@ class GradientSums {
       if (need_x) d_x_ = at::empty(input_.sizes(), z.options());
     }
     if (need_x) {
-      Tensor d_x = flat(steps_.part(d_x_, begin, end));
-      at::mm_out(d_x, z, w_ih_);
+      product_into<T>(flat(steps_.part(d_x_, begin, end)), Tensor(), z, w_ih_);
     }
     if (hx_ && (need_h || need_w_hh)) {
       if (steps_.rows == steps_.walk.batch) {  // a single step

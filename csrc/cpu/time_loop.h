@@ -119,6 +119,20 @@ struct Linear {
   int64_t ldz = 0;
 };
 
+// c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], of the columns of one panel.
+template <class T>
+struct PanelProduct {
+  int64_t rows = 0, K = 0;
+  int64_t columns = 0;       // at most panel_columns
+  const T* a = nullptr;      // [rows, K], row stride lda
+  int64_t lda = 0;
+  const T* w = nullptr;      // packed [K, columns]
+  const T* start = nullptr;  // [rows, columns], row stride ld_start; nullptr: zeros
+  int64_t ld_start = 0;
+  T* c = nullptr;            // [rows, columns], row stride ldc; may be `start`
+  int64_t ldc = 0;
+};
+
 // Where the threads that share a step wait for each other. They spin, since a step takes
 // microseconds; one whose partner is not running gives way.
 class Barrier {
@@ -170,6 +184,7 @@ struct TimeLoop {
   void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h);  // h = act(z), which h may be
   // Rows [m0, m1) of c. nullptr in bfloat16, whose rows would have to be paired first.
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
+  void (*panel_product)(const PanelProduct<T>&);  // nullptr in bfloat16
   int64_t outer_sum_numbers;  // the largest c for which the library is not faster, as measured
 };
 
@@ -180,6 +195,9 @@ const TimeLoop<T>& time_loop();
 
 // Whether that set has products of bfloat16. Without them there is no time_loop<BFloat16>().
 bool has_bfloat16_products();
+
+// Whether our blocks outrun the library's products at every size.
+bool outruns_library();
 
 // Its name, as ATEN_CPU_CAPABILITY takes it.
 const char* instruction_set();

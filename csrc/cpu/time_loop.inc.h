@@ -648,8 +648,7 @@ struct BackwardCell {
 // The blocks of 1 to most rows that are N vectors wide, G times.
 template <class Cell, int N, int G, int most>
 struct BlocksOf {
-  using Function = void (*)(const Cell&, int64_t t, int64_t b, int64_t p, int last,
-                            const typename Cell::Scalar* carried);
+  using Function = decltype(&Cell::template block<1, N, G>);
   Function of[most];
   constexpr BlocksOf() : of() { fill<most>(); }
   template <int M>
@@ -659,20 +658,28 @@ struct BlocksOf {
   }
 };
 
-// Rows [b, end) of one panel of one step, in blocks of about equal height: a low block at the end
+// Rows [r, end) in blocks of about equal height, each run(block, r, height): a low block at the end
 // would waste its loads.
+template <class Cell, int N, class Run>
+RNNFAST_INLINE void level_blocks(int64_t r, int64_t end, const Run& run) {
+  constexpr int most = kMaxRows[N - 1];
+  static constexpr BlocksOf<Cell, N, 1, most> blocks;
+  for (int64_t left = (end - r + most - 1) / most; left > 0; --left) {
+    const int64_t m = (end - r + left - 1) / left;
+    run(blocks.of[m - 1], r, m);
+    r += m;
+  }
+}
+
+// Rows [b, end) of one panel of one step.
 template <class Cell, int N>
 void rows(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p, int last,
           const typename Cell::Scalar* carried) {
-  constexpr int most = kMaxRows[N - 1];
-  static constexpr BlocksOf<Cell, N, 1, most> blocks;
   const int64_t stride = carried ? cell.state_stride() : 0;
-  for (int64_t left = (end - b + most - 1) / most; left > 0; --left) {
-    const int64_t m = (end - b + left - 1) / left;
-    blocks.of[m - 1](cell, t, b, p, last, carried);
-    b += m;
+  level_blocks<Cell, N>(b, end, [&](auto block, int64_t b, int64_t m) RNNFAST_LAMBDA_INLINE {
+    block(cell, t, b, p, last, carried);
     carried += m * stride;
-  }
+  });
 }
 
 // One to three rows: as many whole panels at once as the block spans. Returns the next panel.
@@ -778,9 +785,9 @@ constexpr int64_t kOuterSumNumbers = 160 * 160;
 constexpr int64_t kOuterSumNumbers = 112 * 112;
 #endif
 
-template <class T, int N>
+template <class T>
 struct OuterCell {
-  template <int M>
+  template <int M, int N, int G>
   static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, T* c,
                     int64_t ldc) {
     Block<T, M, N> sum;
@@ -797,31 +804,18 @@ struct OuterCell {
       for (int n = 0; n < N; ++n) store_nth<T, N>(c + m * ldc, n, last, sum.acc[m][n]);
   }
 
-  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, int, T*, int64_t);
-  static constexpr int most = kMaxRows[N - 1];
-  template <int M>
-  static constexpr void fill(Function (&of)[most]) {
-    of[M - 1] = block<M>;
-    if constexpr (M > 1) fill<M - 1>(of);
-  }
-  struct Table {
-    Function of[most];
-    constexpr Table() : of() { fill<most>(of); }
-  };
-
+  template <int N>
   static void panel(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t m0,
                     int64_t m1, int last, T* c, int64_t ldc) {
-    static constexpr Table blocks;
-    for (int64_t left = (m1 - m0 + most - 1) / most; left > 0; --left) {
-      const int64_t m = (m1 - m0 + left - 1) / left;
-      blocks.of[m - 1](a + m0, lda, b, ldb, R, last, c + m0 * ldc, ldc);
-      m0 += m;
-    }
+    level_blocks<OuterCell, N>(m0, m1, [&](auto block, int64_t m, int64_t) RNNFAST_LAMBDA_INLINE {
+      block(a + m, lda, b, ldb, R, last, c + m * ldc, ldc);
+    });
   }
 };
 
 template <class T>
 void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
+  using Cell = OuterCell<T>;
   constexpr int lanes = L<T>;
   // A panel of b, and of a two lines or so of each row. Not of m1 - m0, which varies with the
   // number of threads.
@@ -838,11 +832,11 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
       const int width = left >= kPanel * lanes ? kPanel : int((left + lanes - 1) / lanes);
       const int last = left >= kPanel * lanes ? lanes : int(left - (width - 1) * lanes);
       switch (width) {
-        case 1: OuterCell<T, 1>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 2: OuterCell<T, 2>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 1: Cell::template panel<1>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 2: Cell::template panel<2>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
 #if RNNFAST_VECTOR_REGISTERS == 32
-        case 3: OuterCell<T, 3>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 4: OuterCell<T, 4>::panel(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 3: Cell::template panel<3>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
+        case 4: Cell::template panel<4>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
 #endif
       }
     }
@@ -863,6 +857,43 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
         store_part(to, load_part(to, width) + sum, width);
       }
     }
+  }
+}
+
+// -------------------------------------------------------------------- products with packed weights
+
+template <class T>
+struct PanelCell {
+  template <int M, int N, int G>
+  static void block(const PanelProduct<T>& f, int64_t r, int last) {
+    Block<T, M, N> sum;
+    sum.clear();
+    sum.product(f.a + r * f.lda, f.lda, {f.w, N * L<T>, 0}, f.K);
+    if (f.start) sum.add(f.start + r * f.ld_start, f.ld_start, last);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n)
+        store_nth<T, N>(f.c + (r + m) * f.ldc, n, last, sum.acc[m][n]);
+  }
+
+  template <int N>
+  static void rows(const PanelProduct<T>& f) {
+    const int last = int(f.columns - (N - 1) * L<T>);
+    const auto run = [&](auto block, int64_t r, int64_t) RNNFAST_LAMBDA_INLINE { block(f, r, last); };
+    level_blocks<PanelCell, N>(0, f.rows, run);
+  }
+};
+
+template <class T>
+void panel_product(const PanelProduct<T>& f) {
+  switch ((f.columns + L<T> - 1) / L<T>) {
+    case 1: PanelCell<T>::template rows<1>(f); break;
+    case 2: PanelCell<T>::template rows<2>(f); break;
+#if RNNFAST_VECTOR_REGISTERS == 32
+    case 3: PanelCell<T>::template rows<3>(f); break;
+    case 4: PanelCell<T>::template rows<4>(f); break;
+#endif
   }
 }
 
@@ -1089,12 +1120,12 @@ void activate_array(const Sum<T>* z, int64_t n, bool relu, T* h) {
 #if defined(RNNFAST_BFLOAT16)
 const TimeLoop<BFloat16> bf16 = {
     kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, 0};
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, nullptr, 0};
 #else
 template <class T>
 constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,           forward<T>,
                                backward<T>,   linear<T>,      activate_array<T>, outer_sum<T>,
-                               kOuterSumNumbers};
+                               panel_product<T>, kOuterSumNumbers};
 const TimeLoop<float> f32 = table<float>;
 const TimeLoop<double> f64 = table<double>;
 #endif

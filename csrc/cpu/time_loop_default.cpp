@@ -3,6 +3,9 @@
 #include "time_loop.h"
 
 #include <ATen/Version.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -77,6 +80,24 @@ bool has_bfloat16_products() {
            !__builtin_cpu_is("intel");
   }();
   return has;
+#else
+  return false;
+#endif
+}
+
+bool outruns_library() {
+#if defined(__x86_64__)
+  static const bool outruns = [] {
+#if defined(RNNFAST_EMULATE_AVX512)
+    if (std::getenv("RNNFAST_EMULATE_AVX512")) return true;
+#endif
+    // AMD's from Zen 5 (family 26) on, whose units have 512 bits: MKL keeps to AVX2 on AMD.
+    unsigned eax = 0, ebx, ecx, edx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+    return isa == Isa::Avx512 && __builtin_cpu_is("amd") && family >= 26;
+  }();
+  return outruns;
 #else
   return false;
 #endif
