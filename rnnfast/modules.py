@@ -149,11 +149,18 @@ class RNN(nn.RNNBase):
         try:
             backend = backends.select(input, self.hidden_size, batch_sizes is not None)
             if functional.takes_whole_calls(backend):
-                return functional.rnn_op(  # type: ignore[no-any-return]
-                    input, hx, self._flat_weights, batch_sizes, nonlinearity, self.bias,
-                    self.num_layers, self.dropout if self.training else 0.0, self.bidirectional,
-                    self.batch_first,
-                )  # fmt: skip
+                arguments: tuple[Any, ...] = (input, hx, self._flat_weights, batch_sizes)
+                # Each costs a seventieth of a small call, so none that is the op's default.
+                if (
+                    nonlinearity != "tanh" or self.num_layers != 1 or not self.bias
+                    or self.bidirectional or self.batch_first
+                ):  # fmt: skip
+                    arguments += (
+                        nonlinearity, self.bias, self.num_layers,
+                        self.dropout if self.training else 0.0, self.bidirectional,
+                        self.batch_first,
+                    )  # fmt: skip
+                return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
         except RuntimeError:
             # The op refuses all that nn.RNN refuses, so its checks, a tenth of a small call, are
             # asked only now, for its words; a failure that they do not know is raised again below.
@@ -218,7 +225,11 @@ class RNNCell(nn.RNNCell):
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]
         try:
             if functional.takes_whole_calls(backends.select(input, self.hidden_size)):
-                h: Tensor = functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
+                h: Tensor = (
+                    functional.rnn_cell_op(input, hx, *weights)  # the op's default is tanh
+                    if self.nonlinearity == "tanh"
+                    else functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
+                )
                 return h if batched else h.squeeze(0)
         except RuntimeError:
             pass  # as in RNN: said again below, in the words of nn.RNNCell

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <unistd.h>
@@ -32,6 +33,18 @@ T* data_of(const Tensor& x) {
   } else {
     return reinterpret_cast<T*>(x.mutable_data_ptr<Element<T>>());
   }
+}
+
+// at::empty goes through the dispatcher twice, at::zeros five times, each a hundredth of a small call.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, dtype);
+}
+inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
+  constexpr size_t kBytes = 32 << 10;  // more are ATen's, whose threads share them
+  Tensor x = empty(sizes, dtype);
+  if (x.nbytes() > kBytes) return x.zero_();
+  std::memset(x.mutable_data_ptr(), 0, x.nbytes());
+  return x;
 }
 
 // ----------------------------------------------------------------------------------------- steps
@@ -94,7 +107,7 @@ struct Steps {
   Tensor last(const Tensor& x) const {
     if (!packed()) return x.select(0, walk.seq_len - 1);
     const Tensor rows = x.contiguous();
-    Tensor result = at::empty({walk.batch, rows.size(1)}, rows.options());
+    Tensor result = empty({walk.batch, rows.size(1)}, rows.scalar_type());
     copy_last(rows, result);
     return result;
   }
@@ -230,7 +243,7 @@ class Stretches {
 
   Tensor buffer(int64_t features, bool with_step_before) const {
     const int64_t rows = rows_ + (with_step_before && ranges_.size() > 1 ? steps_.walk.batch : 0);
-    return at::empty({rows, features}, c10::CppTypeToScalarType<Element<T>>::value);
+    return empty({rows, features}, c10::CppTypeToScalarType<Element<T>>::value);
   }
 
   // The stretch's rows of a buffer; `before`: one with the rows of the step before.

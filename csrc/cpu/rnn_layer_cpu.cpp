@@ -184,7 +184,7 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   const auto last = [&](const Tensor& x, int64_t s) {
     return x.select(0, steps.walk.reverse ? s : T - 1 - s);
   };
-  Tensor dz = at::empty(out.sizes(), out.options());
+  Tensor dz = empty(out.sizes(), out.scalar_type());
   OptionalTensor dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
     if (grad_out) dh = dh ? at::add(*dh, last(*grad_out, s)) : last(*grad_out, s);
@@ -272,10 +272,10 @@ class GradientSums {
     const int64_t row = steps_.row(begin);
     if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
       begun_ = true;
-      if (own_w_ih_) d_w_ih_ = at::zeros({H_, I_}, z.options());
-      if (own_w_hh_) d_w_hh_ = at::zeros({H_, H_}, z.options());
-      if (own_w_ih_ && need_b) d_b_ = at::zeros({H_}, z.options());
-      if (need_x) d_x_ = at::empty(input_.sizes(), z.options());
+      if (own_w_ih_) d_w_ih_ = zeros({H_, I_}, z.scalar_type());
+      if (own_w_hh_) d_w_hh_ = zeros({H_, H_}, z.scalar_type());
+      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, z.scalar_type());
+      if (need_x) d_x_ = empty(input_.sizes(), z.scalar_type());
     }
     if (need_x) {
       product_into<T>(flat(steps_.part(d_x_, begin, end)), Tensor(), z, w_ih_);
@@ -284,7 +284,7 @@ class GradientSums {
       if (steps_.rows == steps_.walk.batch) {  // a single step
         z_first_ = z;
       } else {
-        if (!z_first_.defined()) z_first_ = at::empty({steps_.walk.batch, H_}, z.options());
+        if (!z_first_.defined()) z_first_ = empty({steps_.walk.batch, H_}, z.scalar_type());
         steps_.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
           Steps::copy_rows(z, at - row, z_first_, b, n);
         });
@@ -322,7 +322,7 @@ class GradientSums {
     } else if (hx_ && need_w_hh) {
       add_product(d_w_hh_, z_first_, *hx_);
     }
-    if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = at::zeros({H_, H_}, out_.options());
+    if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
     return {d_x_, d_h, d_w_ih_, d_w_hh_, d_b_};
   }
 
@@ -458,7 +458,7 @@ void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, cons
 Tensor empty_rows(const Tensor& input, int64_t features) {
   at::DimVector sizes(input.sizes());
   sizes.back() = features;
-  return at::empty(sizes, input.options());
+  return empty(sizes, input.scalar_type());
 }
 
 Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
@@ -470,7 +470,7 @@ Outputs rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w
   const Steps steps(input, batch_sizes, reverse);
   const int64_t H = w_hh.size(0);
   Tensor out = empty_rows(input, H);
-  Tensor h_n = at::empty({steps.walk.batch, H}, input.options());
+  Tensor h_n = empty({steps.walk.batch, H}, input.scalar_type());
   forward_into(out, h_n, steps, input, {hx, w_ih, w_hh, b_ih, b_hh, reverse}, nonlinearity);
   return {out, h_n};
 }
@@ -489,7 +489,7 @@ Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
   Steps steps(input, batch_sizes, /*reverse=*/false);
   const int64_t H = layers[0].w_hh.size(0);
   Tensor out = empty_rows(input, 2 * H);
-  Tensor h_n = at::empty({2, steps.walk.batch, H}, input.options());
+  Tensor h_n = empty({2, steps.walk.batch, H}, input.scalar_type());
   for (int64_t d = 0; d < 2; ++d) {
     steps.walk.reverse = layers[d].reverse;
     forward_into(out.narrow(-1, d * H, H), h_n.select(0, d), steps, input, layers[d],
@@ -511,11 +511,11 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   const Steps steps(input, batch_sizes, reverse);
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
   if (steps.rows == 0) {
-    const auto zeros = [&](bool need, at::IntArrayRef size) {
-      return need ? at::zeros(size, input.options()) : Tensor();
+    const auto zeros_if = [&](bool need, at::IntArrayRef size) {
+      return need ? zeros(size, input.scalar_type()) : Tensor();
     };
-    return {zeros(need_x, input.sizes()), zeros(need_h, {0, H}), zeros(need_w_ih, {H, I}),
-            zeros(need_w_hh, {H, H}), zeros(need_b, {H})};
+    return {zeros_if(need_x, input.sizes()), zeros_if(need_h, {0, H}), zeros_if(need_w_ih, {H, I}),
+            zeros_if(need_w_hh, {H, H}), zeros_if(need_b, {H})};
   }
 
   const bool relu = nonlinearity == "relu";
