@@ -284,6 +284,17 @@ class Stretches {
 
 inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
+// x [T, B, F] or [rows, F], or a copy, so that all its rows lie row_stride(x) apart: what flat does,
+// but without the view, a fiftieth of a small call.
+inline Tensor evenly_spaced(const Tensor& x) {
+  const bool even = x.dim() == 2 || x.size(0) == 1 || x.size(1) == 1 ||
+                    x.stride(0) == x.size(1) * x.stride(1);
+  return even ? x : flat(x);
+}
+inline int64_t row_stride(const Tensor& x) {
+  return x.dim() == 3 && x.size(1) > 1 ? x.stride(1) : x.stride(0);
+}
+
 inline Tensor adjacent_features(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }

@@ -257,13 +257,13 @@ class GradientSums {
   GradientSums(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
                const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
                std::array<bool, 5> output_mask)
-      : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), out_(flat(out)),
-        I_(w_ih.size(1)), H_(w_hh.size(0)) {
+      : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), I_(w_ih.size(1)),
+        H_(w_hh.size(0)) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
     own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
     own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_);
-    if (own_w_hh_) out_ = adjacent_features(out_);
+    out_ = own_w_hh_ ? evenly_spaced(adjacent_features(out)) : flat(out);
   }
 
   // Of steps [begin, end), whose rows of dz are z.
@@ -290,12 +290,10 @@ class GradientSums {
         });
       }
     }
-    Tensor x;
-    if (need_w_ih) x = flat(steps_.part(input_, begin, end));
     if (own_w_ih_ || own_w_hh_) {
-      if constexpr (kOwn) add_own(begin, end, z, own_w_ih_ ? adjacent_features(x) : x);
+      if constexpr (kOwn) add_own(begin, end, z);
     }
-    if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, x);
+    if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
     if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
     if (need_b && !own_w_ih_) {
       const Tensor sum = z.sum(0);
@@ -336,13 +334,15 @@ class GradientSums {
   OuterSum<T> w_hh_sum(const Tensor& h) const {
     OuterSum<T> f;
     f.lda = f.N = f.ldc = H_;
-    f.ldb = h.stride(0);
+    f.ldb = row_stride(h);
     f.c = d_w_hh_.template mutable_data_ptr<T>();
     return f;
   }
 
-  void add_own(int64_t begin, int64_t end, const Tensor& z, const Tensor& x) {
+  void add_own(int64_t begin, int64_t end, const Tensor& z) {
     const auto& loop = time_loop<T>();
+    Tensor x;
+    if (own_w_ih_) x = evenly_spaced(adjacent_features(steps_.part(input_, begin, end)));
     const T* data = z.const_data_ptr<T>();
     const int64_t rows = z.size(0), row = steps_.row(begin);
     by_gradient_rows(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
@@ -353,7 +353,7 @@ class GradientSums {
         f.N = f.ldc = I_;
         f.a = data;
         f.b = x.const_data_ptr<T>();
-        f.ldb = x.stride(0);
+        f.ldb = row_stride(x);
         f.c = d_w_ih_.template mutable_data_ptr<T>();
         f.column_sums = d_b_.defined() ? d_b_.template mutable_data_ptr<T>() : nullptr;
         loop.outer_sum(f, m0, m1);
@@ -406,7 +406,7 @@ class GradientSums {
   const Tensor& input_;
   const OptionalTensor& hx_;
   const Tensor &w_ih_, &w_hh_;
-  Tensor out_;  // [rows, H]
+  Tensor out_;  // rows of H, evenly spaced
   const int64_t I_, H_;
   std::array<bool, 5> need_;
   bool own_w_ih_, own_w_hh_, begun_ = false;
