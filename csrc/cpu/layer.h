@@ -35,7 +35,8 @@ T* data_of(const Tensor& x) {
   }
 }
 
-// at::empty goes through the dispatcher twice, at::zeros five times, each a hundredth of a small call.
+// at::empty goes through the dispatcher twice, at::zeros five times, each time a hundredth of a small
+// call.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, dtype);
 }

@@ -880,8 +880,9 @@ struct PanelCell {
   template <int N>
   static void rows(const PanelProduct<T>& f) {
     const int last = int(f.columns - (N - 1) * L<T>);
-    const auto run = [&](auto block, int64_t r, int64_t) RNNFAST_LAMBDA_INLINE { block(f, r, last); };
-    level_blocks<PanelCell, N>(0, f.rows, run);
+    level_blocks<PanelCell, N>(
+        0, f.rows,
+        [&](auto block, int64_t r, int64_t) RNNFAST_LAMBDA_INLINE { block(f, r, last); });
   }
 };
 
