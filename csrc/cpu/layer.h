@@ -44,7 +44,7 @@ inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
   constexpr size_t kBytes = 32 << 10;  // more are ATen's, whose threads share them
   Tensor x = empty(sizes, dtype);
   if (x.nbytes() > kBytes) return x.zero_();
-  std::memset(x.mutable_data_ptr(), 0, x.nbytes());
+  if (x.numel() > 0) std::memset(x.mutable_data_ptr(), 0, x.nbytes());
   return x;
 }
 
