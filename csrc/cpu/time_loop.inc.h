@@ -861,6 +861,10 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
 }
 
 // -------------------------------------------------------------------- products with packed weights
+//
+// c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], n of one panel: M rows by the panel's width, summed in
+// registers in the chains of the time loop. The panel stays in the second-level cache while all rows
+// pass by.
 
 template <class T>
 struct PanelCell {

@@ -26,6 +26,17 @@ namespace {
 
 enum class Isa { Fallback, Avx2, Avx512 };
 
+#if defined(__x86_64__)
+// Whether AVX-512's kernels are to run made of AVX2's instructions, in a build for that.
+bool emulating_avx512() {
+#if defined(RNNFAST_EMULATE_AVX512)
+  return std::getenv("RNNFAST_EMULATE_AVX512") != nullptr;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa chosen_isa() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
@@ -35,9 +46,7 @@ Isa chosen_isa() {
       __builtin_cpu_supports("avx512vl")) {
     return Isa::Avx512;
   }
-#if defined(RNNFAST_EMULATE_AVX512)
-  if (std::getenv("RNNFAST_EMULATE_AVX512")) return Isa::Avx512;
-#endif
+  if (emulating_avx512()) return Isa::Avx512;
   if (capability != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return Isa::Avx2;
   }
@@ -72,9 +81,7 @@ const TimeLoop<double>& time_loop<double>() {
 bool has_bfloat16_products() {
 #if defined(__x86_64__)
   static const bool has = [] {
-#if defined(RNNFAST_EMULATE_AVX512)
-    if (std::getenv("RNNFAST_EMULATE_AVX512")) return true;
-#endif
+    if (emulating_avx512()) return true;
     // Intel's cores do vdpbf16ps at half the rate of float32's multiply-adds (notes/cpu.md).
     return isa == Isa::Avx512 && __builtin_cpu_supports("avx512bf16") &&
            !__builtin_cpu_is("intel");
@@ -88,9 +95,7 @@ bool has_bfloat16_products() {
 bool outruns_library() {
 #if defined(__x86_64__)
   static const bool outruns = [] {
-#if defined(RNNFAST_EMULATE_AVX512)
-    if (std::getenv("RNNFAST_EMULATE_AVX512")) return true;
-#endif
+    if (emulating_avx512()) return true;
     // AMD's from Zen 5 (family 26) on, whose units have 512 bits: MKL keeps to AVX2 on AMD.
     unsigned eax = 0, ebx, ecx, edx;
     __get_cpuid(1, &eax, &ebx, &ecx, &edx);
