@@ -23,6 +23,8 @@ Metadata and tool settings are in pyproject.toml, but for the dependencies.
 import json
 import os
 import platform
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +32,13 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        get_cxx_compiler,
+    )
 except ImportError as error:
     torch = None
     no_torch = (
@@ -122,6 +130,7 @@ def build_ext_class(against_cuda: str | None, required: bool) -> type:
         def build(self, against_cuda: str | None) -> dict[str, object]:
             before = self.inplace, self.compiler  # which super().run() changes
             try:
+                self.look_for_compiler()
                 super().run()
             except (Exception, SystemExit) as error:
                 if required:
@@ -139,6 +148,14 @@ def build_ext_class(against_cuda: str | None, required: bool) -> type:
             if against_cuda is None:
                 return {"cuda": torch.version.cuda, "cuda_arch_list": arch_list()}
             return {"cuda": None, "cuda_arch_list": None, "why_not_cuda": against_cuda}
+
+        @staticmethod
+        def look_for_compiler() -> None:
+            # Ninja's own error would not say that it is missing.
+            compiler = shlex.split(get_cxx_compiler())[0]
+            if shutil.which(compiler) is None:
+                why = f"no C++ compiler: {compiler} was not found; install g++ or set CXX"
+                raise RuntimeError(why)
 
         def get_outputs(self) -> list[str]:
             package = Path(self.build_lib) / "rnnfast"

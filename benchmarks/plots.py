@@ -147,7 +147,8 @@ def _lines(axis: Axes, run: Run, groups: list[Group], letter: str) -> None:
         heavy: dict[str, Any] = {"lw": 2.2, "zorder": 3} if name == OURS else {"lw": 1.2}
         axis.plot(*zip(*found, strict=True), **_style(name), ms=4.5, label=name, **heavy)
     sgemm = [(x(g), g.case.flops / run.sgemm * 1e3) for g in groups]
-    axis.plot(*zip(*sgemm, strict=True), "--", color="black", lw=1, label="limit: sgemm rate")
+    dashed: dict[str, Any] = {"ls": "--", "color": "black", "lw": 1}
+    axis.plot(*zip(*sgemm, strict=True), **dashed, label="at the library's sgemm rate")
     # One sequence reads all of W_hh at every step, forward and again backward. Where W_hh fits in a
     # core's first-level cache the reading is not what limits.
     reads = [
@@ -159,9 +160,8 @@ def _lines(axis: Axes, run: Run, groups: list[Group], letter: str) -> None:
         and m.read_seconds
     ]
     if reads:
-        axis.plot(
-            *zip(*reads, strict=True), ":", color="black", lw=1.4, label="limit: reading W_hh"
-        )
+        dotted = dashed | {"ls": ":", "lw": 1.4}
+        axis.plot(*zip(*reads, strict=True), **dotted, label="reading W_hh at every step")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks([x(g) for g in groups], [str(x(g)) for g in groups])

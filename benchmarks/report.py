@@ -103,17 +103,23 @@ class Run:
 
     @property
     def cpu(self) -> str:
-        """The processor's name."""
-        return str(self.machine["cpu"].get("brand_raw") or self.machine["processor"])
+        """The processor's name, and its family and model, which the name may leave open."""
+        cpu = self.machine["cpu"]
+        name = str(cpu.get("brand_raw") or self.machine["processor"])
+        if "family" not in cpu:
+            return name
+        return f"{name} (family {cpu['family']}, model {cpu['model']})"
 
     def caption(self) -> str:
         """Everything that the figures depend on, in a sentence."""
         versions = ", ".join(f"{name} {v}" for name, v in self.about["versions"].items())
         low, high = min(self.sgemm_samples), max(self.sgemm_samples)
         commit = self.commit.get("id", "unknown")[:10] + ("+" if self.commit.get("dirty") else "")
+        cores = self.about["cpus"]
+        named = f"core{'s' * (len(cores) > 1)} {', '.join(map(str, cores))}"
         return (
-            f"{self.title()} (cores {', '.join(map(str, self.about['cpus']))}); a 2048-cube float32"
-            f" product runs at {self.sgemm / 1e9:.0f} GFLOP/s here (single runs {low / 1e9:.0f} to "
+            f"{self.title()} ({named}); a 2048-cube float32 product runs at "
+            f"{self.sgemm / 1e9:.0f} GFLOP/s here (single runs {low / 1e9:.0f} to "
             f"{high / 1e9:.0f}); {versions}, Python {self.about['python']}; commit {commit}, "
             f"{self.date}; medians of alternating blocks."
         )

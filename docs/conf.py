@@ -18,7 +18,6 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 myst_heading_anchors = 2
-suppress_warnings = ["myst.xref_missing"]  # links of the included README that lead to the source
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes, which types cannot
 napoleon_custom_sections = ["Inputs", "Outputs"]

@@ -227,7 +227,8 @@ def main() -> None:
     print(f"torch      {found['torch']}, Python {found['python']}, {found['platform']}")
     print(f"extension  {extension}")
     print(f"CUDA       {_cuda_kernels(build)}")
-    print(f"CPU        {_cpu(found)}, {found['threads']} threads")
+    threads = found["threads"]
+    print(f"CPU        {_cpu(found)}, {threads} thread{'s' * (threads > 1)}")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
     print(f"triton     {found['triton'] or 'not installed'}")
     print(f"forced     {found['forced_backend'] or 'nothing (RNNFAST_BACKEND, rnnfast.backend)'}")

@@ -5,8 +5,9 @@ backend     what it is                               taken when
 ==========  =======================================  ==============================================
 cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a floating dtype, and
                                                      the extension is built for this torch
-cuda        the same op in CUDA C++                  CUDA tensors where one of the two was measured
-triton      the same op by Triton                    to win (nowhere yet), or where it is forced
+cuda        the same op in CUDA C++                  CUDA tensors where it was measured to win
+                                                     (nowhere yet), or where it is forced
+triton      the same op by Triton                    the same
 torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
                                                      never slower than nn.RNN there
 reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and

@@ -142,9 +142,10 @@ def report(runs: Sequence[Run], epochs: int, console: Console) -> None:
             f"{run.name:12} {median * 1e6:7.0f} us per epoch (median), final loss "
             f"{run.losses[-1]:.6f}"
         )
+    threads = torch.get_num_threads()
     console.print(
         f"rnnfast.RNN is {medians[0] / medians[1]:.2f} times as fast per epoch, whole training "
-        f"step, {torch.get_num_threads()} threads"
+        f"step, {threads} thread{'s' * (threads > 1)}"
     )
 
 
