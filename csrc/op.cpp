@@ -261,12 +261,9 @@ struct RnnLayerBackward : SavingNode {
             gradient_of_b_hh(d_b, need_b_ih, need_b_hh)};
   }
 
-  // Of its own: what a hook or a clipping does to one must not reach the other. (In a trace the
-  // copy would be a kernel to compile.)
+  // Of its own: what a hook or a clipping does to one must not reach the other.
   static Tensor gradient_of_b_hh(const Tensor& d_b, bool need_b_ih, bool need_b_hh) {
-    if (!need_b_hh) return Tensor();
-    const bool traced = d_b.unsafeGetTensorImpl()->is_python_dispatch();
-    return need_b_ih && !traced ? d_b.clone() : d_b;
+    return !need_b_hh ? Tensor() : need_b_ih ? d_b.clone() : d_b;
   }
 };
 

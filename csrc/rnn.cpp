@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -20,6 +21,7 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
             int64_t num_layers, double dropout, bool bidirectional, bool batch_first) {
   const int64_t directions = bidirectional ? 2 : 1, per_layer = bias ? 4 : 2;
   const int64_t states = num_layers * directions;
+  TORCH_CHECK(num_layers > 0, "rnnfast: expected num_layers greater than zero, got ", num_layers);
   TORCH_CHECK(int64_t(weights.size()) == per_layer * states, "rnnfast: expected ",
               per_layer * states, " weights for num_layers=", num_layers, ", bidirectional=",
               bidirectional ? "True" : "False", ", bias=", bias ? "True" : "False", ", got ",
@@ -45,11 +47,18 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
                                         nonlinearity, /*reverse=*/false);
     }
     final.push_back(std::move(h_n));
-    if (dropout > 0 && layer < num_layers - 1) x = at::dropout(x, dropout, /*train=*/true);
+    if (dropout != 0 && layer < num_layers - 1) x = at::dropout(x, dropout, /*train=*/true);
   }
-  if (turned) x = x.transpose(0, 1);
+  if (turned) {
+    // No view, as nn.RNN's is none, where there is no gradient: a caller may change it in place.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (!x.requires_grad()) below_autograd.emplace();
+    x = x.transpose(0, 1);
+  }
   if (bidirectional) return {x, num_layers == 1 ? final[0] : at::cat(final)};
-  if (num_layers > 1) return {x, at::stack(final)};
+  // Of a single step the layer keeps h_n for its backward, and a caller may change what is returned.
+  const bool kept = final[0].requires_grad() && !batch_sizes && input.sym_size(turned ? 1 : 0) == 1;
+  if (num_layers > 1 || kept) return {x, at::stack(final)};
   // No view, as nn.RNN's is none: a caller may detach_() it.
   const Tensor& h_n = final[0];
   return {x, at::_unsafe_view_symint(h_n, {1, h_n.sym_size(0), h_n.sym_size(1)})};
@@ -58,6 +67,11 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
 Tensor rnn_cell(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                 const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                 c10::string_view nonlinearity) {
+  if (w_ih.sym_numel() == 0) {  // nn.RNNCell, unlike nn.RNN, may have no inputs or no units
+    const Tensor h = hx ? *hx : at::zeros_symint({input.sym_size(0), w_hh.sym_size(1)}, input.options());
+    return nonlinearity == "relu" ? at::rnn_relu_cell(input, h, w_ih, w_hh, b_ih, b_hh)
+                                  : at::rnn_tanh_cell(input, h, w_ih, w_hh, b_ih, b_hh);
+  }
   // h_n: the same numbers as the output of [1, B, H], and no view.
   return std::get<1>(call_rnn_layer(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, std::nullopt,
                                     nonlinearity, /*reverse=*/false));

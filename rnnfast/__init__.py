@@ -1,6 +1,6 @@
 """rnnfast: a drop-in ``torch.nn.RNN`` whose whole time loop is one fused kernel."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from . import backends, functional, onnx
 from .backends import FallbackWarning, backend
@@ -14,8 +14,8 @@ if backends.extension_error is None:
     batching.register()
 
 try:
-    __version__ = version("rnnfast")
-except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = _metadata.version("rnnfast")
+except _metadata.PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [

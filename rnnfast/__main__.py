@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -239,4 +240,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

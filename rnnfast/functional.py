@@ -74,6 +74,8 @@ def rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
             batch_first,
         )  # fmt: skip
+    if num_layers <= 0:
+        raise RuntimeError(f"rnnfast: expected num_layers greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
     per_layer = 4 if bias else 2
     if len(weights) != per_layer * directions * num_layers:
@@ -126,12 +128,19 @@ def rnn(
                     x, state, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity, direction == 1
                 )
                 outs.append(out)
-                # No view, as nn.RNN's is none: a caller may detach_() it.
-                final.append(torch.ops.aten._unsafe_view.default(h_n, [1, *h_n.shape]))
+                final.append(h_n)
             x = outs[0] if directions == 1 else torch.cat(outs, -1)
         if dropout and training and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
-    h_n = final[0] if len(final) == 1 else torch.cat(final)
+    # A caller may change what is returned, but not what a backward keeps, the h_n of a single step
+    # (and the sizes are no numbers in a trace by torch.jit).
+    kept = _get_tracing_state() or (batch_sizes is None and x.size(0) == 1)
+    if bidirectional and backend != "reference":
+        h_n = final[0] if num_layers == 1 else torch.cat(final)
+    elif len(final) > 1 or kept:
+        h_n = torch.stack(final)
+    else:  # no view, as nn.RNN's is none: a caller may detach_() it
+        h_n = torch.ops.aten._unsafe_view.default(final[0], [1, *final[0].shape])
     return (x if time_major else x.transpose(0, 1)), h_n
 
 
@@ -198,18 +207,7 @@ def rnn_cell(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise reference.unknown_nonlinearity(nonlinearity)
-    if input.size(1) != w_ih.size(1):
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}"
-        )
-    if hx is not None and hx.size(0) != input.size(0):
-        raise RuntimeError(
-            f"Input batch size {input.size(0)} doesn't match hidden batch size {hx.size(0)}"
-        )
-    if hx is not None and hx.size(1) != w_hh.size(1):
-        raise RuntimeError(
-            f"hidden has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
-        )
+    check_cell(input, hx, w_ih, w_hh)
     backend = backends.select(input, w_hh.size(1))
     if takes_whole_calls(backend):
         return rnn_cell_op(  # type: ignore[no-any-return]
@@ -217,7 +215,7 @@ def rnn_cell(
         )
     if onnx.exporter():  # ONNX has no cell, and takes plain operators
         backend = "reference"
-    if backend == "torch":
+    if backend == "torch" or 0 in w_ih.shape:  # unlike a layer, a cell may have no inputs or units
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
         result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
@@ -226,3 +224,19 @@ def rnn_cell(
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
     return layer_of(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity, False)[1]
+
+
+def check_cell(input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> None:
+    """Raise nn.RNNCell's errors of sizes that do not fit."""
+    if input.size(1) != w_ih.size(1):
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}"
+        )
+    if hx is not None and hx.size(0) != input.size(0):
+        raise RuntimeError(
+            f"Input batch size {input.size(0)} doesn't match hidden0 batch size {hx.size(0)}"
+        )
+    if hx is not None and hx.size(1) != w_hh.size(1):
+        raise RuntimeError(
+            f"hidden0 has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
+        )

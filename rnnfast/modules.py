@@ -7,6 +7,7 @@ compiled with ``fullgraph=True``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any, overload
 
@@ -161,11 +162,12 @@ class RNN(nn.RNNBase):
                         self.batch_first,
                     )  # fmt: skip
                 return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
+                # functional.rnn would call the same op, a layer of Python later: a tenth of a call.
         except RuntimeError:
-            # The op refuses all that nn.RNN refuses, so its checks, a tenth of a small call, are
-            # asked only now, for its words; a failure that they do not know is raised again below.
-            # functional.rnn would call the same op: a layer of Python later, another tenth.
-            pass
+            # The op refuses all that nn.RNN refuses, so its checks, another tenth, are asked only
+            # now, for its words.
+            _say(self._check, input, hx, batch_sizes)
+            raise
         self._check(input, hx, batch_sizes)
         return functional.rnn(
             input, hx, self._flat_weights,  # type: ignore[arg-type]
@@ -192,6 +194,14 @@ class RNN(nn.RNNBase):
         current = map(self._parameters.get, self._flat_weights_names)
         if not all(map(is_, current, self._flat_weights)):
             self._update_flat_weights()
+
+
+def _say(check: Callable[..., None], *arguments: Any) -> None:
+    """Raise what a check has to say, alone: not "during handling of" the error before it."""
+    try:
+        check(*arguments)
+    except Exception as error:
+        raise error from None
 
 
 class RNNCell(nn.RNNCell):
@@ -231,8 +241,9 @@ class RNNCell(nn.RNNCell):
                     else functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
                 )
                 return h if batched else h.squeeze(0)
-        except RuntimeError:
-            pass  # as in RNN: said again below, in the words of nn.RNNCell
+        except RuntimeError:  # as in RNN
+            _say(functional.check_cell, input, hx, *weights[:2])
+            raise
         w_ih, w_hh, b_ih, b_hh = weights
         h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
         return h if batched else h.squeeze(0)

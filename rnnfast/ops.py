@@ -103,11 +103,13 @@ def _bidirectional_flops(input: Any, hx: Any, weights: Any, *_: Any, **__: Any) 
 def _backward_flops(
     grad_out: Any, grad_h_n: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, *rest: Any, **__: Any
 ) -> int:
-    needs_input, _, needs_w_ih, needs_w_hh, _ = rest[-1]
-    input_size, hidden_size = w_ih[1], w_hh[0]
-    recurrence = hidden_size  # needs no asking for
-    asked_for = input_size * (needs_input + needs_w_ih) + hidden_size * needs_w_hh
-    flops: int = 2 * math.prod(input[:-1]) * hidden_size * (recurrence + asked_for)
+    needs_input, needs_hx, needs_w_ih, needs_w_hh, _ = rest[-1]
+    input_size, hidden_size, rows = w_ih[1], w_hh[0], math.prod(input[:-1])
+    # The first step's state is asked for, the others' gradients are what the recurrence is.
+    batch = input[1] if len(input) == 3 else (grad_h_n or hx or [0])[0]
+    recurrence = hidden_size * (rows if needs_hx else rows - batch)
+    asked_for = rows * (input_size * (needs_input + needs_w_ih) + hidden_size * needs_w_hh)
+    flops: int = 2 * hidden_size * (recurrence + asked_for)
     return flops
 
 

@@ -178,7 +178,8 @@ def rnn_layer(
         dtype = torch.get_autocast_dtype(device_type)
 
         def cast(x: Tensor) -> Tensor:
-            return x if x.dtype == torch.float64 else x.to(dtype)
+            kept = x.dtype == torch.float64 or not x.is_floating_point()
+            return x if kept else x.to(dtype)
 
         narrow = _each(cast, input, hx, w_ih, w_hh, b_ih, b_hh)
         layer: Any = (*narrow, batch_sizes, nonlinearity, reverse)
@@ -197,8 +198,9 @@ def rnn_layer(
         return out.to(input.dtype), h_n.to(input.dtype)
 
     act = _ACTIVATIONS[nonlinearity]
-    bias = b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh
-    projected = F.linear(input, w_ih, bias)
+    projected = F.linear(input, w_ih, b_ih)
+    if b_hh is not None:  # not b_ih + b_hh: each is to have a gradient of its own
+        projected = projected + b_hh
     if batch_sizes is None:
         steps = list(projected.unbind(0))
     else:

@@ -182,6 +182,8 @@ def patch() -> Iterator[None]:
     undone when the block is left in any way; the models stay as they were built. It changes what
     ``torch.nn`` (and ``torch.nn.modules``) call RNN: code that ran ``from torch.nn import RNN``
     before the block keeps PyTorch's, and so does unpickling. Use :func:`swap` on such models.
+    ``torch.compile(fullgraph=True)`` belongs after the block: Dynamo refuses every instance of what
+    ``torch.nn.RNN`` then is.
 
     Example:
         >>> with rnnfast.patch():

@@ -54,16 +54,64 @@ def test_a_cells_state_is_no_view(backend):
         assert h.requires_grad
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 3), (4, 2, 3)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_state_may_be_changed_before_the_backward(backend, shape, batch_first):
+    """As where an episode ends. Of a single step the state is what the backward needs."""
+    theirs, ours = pair(3, 5, batch_first=batch_first, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
+    gradients = []
+    for module in (theirs, ours):
+        output, h_n = module(x)
+        with torch.no_grad():
+            h_n.zero_()
+        output.square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    for actual, expected in zip(*gradients[::-1], strict=True):
+        assert_same(actual, expected, 4, 8)
+
+
+def test_an_output_without_a_gradient_may_be_changed(compiled):
+    """A frozen encoder's, by what is trained. (With a gradient the backward needs it.)"""
+    scale = torch.ones(5, requires_grad=True)
+    for module in pair(3, 5, batch_first=True):
+        with torch.no_grad():
+            output, _ = module(torch.randn(2, 4, 3))
+        output *= scale
+        assert output.requires_grad
+
+
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_biases_have_gradients_of_their_own(compiled, kind):
-    """Not the reference's: there they are those of a sum, which PyTorch lets share one tensor."""
+def test_the_biases_have_gradients_of_their_own(backend, kind, compile):
+    if compile and backend not in ("cpu", "reference"):
+        pytest.skip("the graphs are those of the CPU")
     for module in pair(3, 5, **KINDS[kind]):
         biases = [p for name, p in module.named_parameters() if name.startswith("bias")]
-        gradients = torch.autograd.grad(module(torch.randn(4, 2, 3))[0].sum(), biases)
+        call = torch.compile(module, backend="aot_eager") if compile else module
+        gradients = torch.autograd.grad(call(torch.randn(4, 2, 3))[0].sum(), biases)
         assert len({g.data_ptr() for g in gradients}) == len(biases)
         before = gradients[0].clone()
         gradients[1].zero_()
         assert torch.equal(gradients[0], before)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_a_failing_hook_is_called_once(compiled, cell):
+    calls = []
+
+    def fail(_):
+        calls.append(1)
+        raise RuntimeError("no room")
+
+    module = rnnfast.RNNCell(3, 5) if cell else rnnfast.RNN(3, 5, 2, dropout=0.5)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(fail, fail),
+        pytest.raises(RuntimeError, match="no room"),
+    ):
+        module(torch.randn(2, 3) if cell else torch.randn(4, 2, 3))
+    assert len(calls) == 1
 
 
 def test_what_no_gradient_needs_may_change(modules):

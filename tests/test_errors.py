@@ -124,9 +124,31 @@ def raw(bias=True):
     return [torch.randn(s) for s in ((5, 3), (5, 5), (5,), (5,))[: 4 if bias else 2]]
 
 
+def test_a_dropout_that_is_no_probability_is_refused_by_the_call(any_backend):
+    def call(rnn):
+        module = rnn(3, 5, 2)
+        module.dropout = -0.5
+        module(torch.randn(4, 2, 3))
+
+    theirs, ours = failures(call)
+    assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+def test_autocast_does_not_make_numbers_of_integers(any_backend):
+    def call(rnn):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+            rnn(3, 5)(torch.ones(4, 2, 3, dtype=torch.long))
+
+    theirs, ours = failures(call)
+    assert type(ours) is type(theirs)
+    assert re.search("int64|Long", str(ours))
+
+
 def test_functional_names_what_it_expected(any_backend):
     weights, x = raw(), torch.randn(4, 2, 3)
     run = rnnfast.functional.rnn
+    with pytest.raises(RuntimeError, match=r"num_layers greater than zero, got 0$"):
+        run(x, None, [], num_layers=0)
     for n in (0, 1, 3, 4, 7):
         with pytest.raises(RuntimeError, match=rf"expected 8 weights.*got {n}$"):
             run(x, None, [*weights, *weights][:n], num_layers=2)

@@ -371,8 +371,19 @@ def test_cell_errors(backend, x, h):
     args = [torch.randn(x)] + ([torch.randn(h)] if h else [])
     with pytest.raises(Exception) as theirs:  # noqa: PT011
         nn.RNNCell(3, 5)(*args)
-    with pytest.raises(type(theirs.value)):
+    with pytest.raises(type(theirs.value)) as ours:
         rnnfast.RNNCell(3, 5)(*args)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (3, 0)])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_a_cell_may_have_no_inputs_or_no_units(backend, sizes, nonlinearity):
+    theirs, ours = (c(*sizes, nonlinearity=nonlinearity) for c in (nn.RNNCell, rnnfast.RNNCell))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, sizes[0])
+    for h in (None, torch.randn(2, sizes[1])):
+        assert_same(ours(x, h), theirs(x, h), 1, 5)
 
 
 def test_cell_with_a_parametrized_weight_and_a_parameter_of_ones_own(backend):
@@ -393,6 +404,23 @@ def test_packed_output_is_a_packed_sequence_of_the_same_order(backend):
     assert torch.equal(out.batch_sizes, packed.batch_sizes)
     assert torch.equal(out.sorted_indices, packed.sorted_indices)
     assert torch.equal(out.unsorted_indices, packed.unsorted_indices)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_trace_takes_any_batch_and_on_the_kernels_any_length(
+    backend, layers, bidirectional, batch_first
+):
+    _, ours = pair(3, 5, layers, bidirectional=bidirectional, batch_first=batch_first)
+    trace = torch.jit.trace(ours, (torch.randn(4, 2, 3),))
+    for shape in ((4, 5, 3), (7, 1, 3)) if backend == "cpu" else ():
+        x = torch.randn(shape)
+        for a, b in zip(trace(x), ours(x), strict=True):
+            assert torch.equal(a, b)
+    x = torch.randn((5, 2, 3) if batch_first else (4, 5, 3))
+    assert torch.equal(trace(x)[0], ours(x)[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")

@@ -129,12 +129,14 @@ def test_profiler_shows_the_op_with_its_shapes(compiled):
 
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_flop_counter_counts_what_nn_rnn_does(backend, direction, batch_first):
+@pytest.mark.parametrize("state", [True, False])
+def test_flop_counter_counts_what_nn_rnn_does(backend, direction, batch_first, state):
     theirs, ours = pair(
         3, 5, 2, bidirectional=direction == "bidirectional", batch_first=batch_first
     )
     x = torch.randn(4, 7, 3, requires_grad=True)
-    hx = torch.randn(2 * (1 + theirs.bidirectional), 4 if batch_first else 7, 5, requires_grad=True)
+    states = 2 * (1 + theirs.bidirectional)
+    hx = torch.randn(states, 4 if batch_first else 7, 5, requires_grad=True) if state else None
     counts = []
     for module in (theirs, ours):
         with FlopCounterMode(display=False) as counter:
@@ -153,7 +155,7 @@ def test_flop_counter_counts_only_the_gradients_asked_for(compiled):
         out, _ = ours(torch.randn(4, 7, 3))
         forward = counter.get_total_flops()
         out.sum().backward()
-    recurrence, d_w_hh = 28 * 5 * 5, 28 * 5 * 5
+    recurrence, d_w_hh = 21 * 5 * 5, 28 * 5 * 5  # the first state's gradient is not asked for
     assert counter.get_total_flops() - forward == 2 * (recurrence + d_w_hh)
 
 

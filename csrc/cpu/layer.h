@@ -6,6 +6,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -181,8 +182,13 @@ struct Steps {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     const int64_t worth = std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1);
     const int64_t parts = std::min(threads, worth);
-    const int64_t meeting = std::min({parts, panels, B * work_per_row / kWorkPerMeeting});
-    if (parts > 1 && B < kRowsPerThread * parts && meeting > 1) {
+    const bool few_rows = parts > 1 && B < kRowsPerThread * parts;
+    // No more than can run at once: the others would wait for a processor at every meeting.
+    const int64_t meeting =
+        few_rows ? std::min({parts, panels, B * work_per_row / kWorkPerMeeting,
+                             int64_t(omp_get_num_procs())})
+                 : 1;
+    if (meeting > 1) {
       Barrier barrier(meeting);
       at::parallel_for(0, meeting, 1, [&](int64_t begin, int64_t end) {
         Share share = all;

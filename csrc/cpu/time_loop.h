@@ -134,7 +134,7 @@ struct PanelProduct {
 };
 
 // Where the threads that share a step wait for each other. They spin, since a step takes
-// microseconds; one whose partner is not running gives way.
+// microseconds; after some of those, which the partner may need the processor for, they give way.
 class Barrier {
  public:
   explicit Barrier(int64_t parties) : parties_(parties) {}
@@ -148,7 +148,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
-      if (spins > 10'000) sched_yield();
+      if (spins > 100) sched_yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif

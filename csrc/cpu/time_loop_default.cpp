@@ -113,6 +113,12 @@ template <>
 const TimeLoop<BFloat16>& time_loop<BFloat16>() {
   return avx512_bf16::bf16;
 }
+#else
+template <>
+const TimeLoop<BFloat16>& time_loop<BFloat16>() {  // linked, but never called
+  static const TimeLoop<BFloat16> none{};
+  return none;
+}
 #endif
 
 }  // namespace rnnfast::cpu
