@@ -93,6 +93,16 @@ def test_sizes_against_nn_rnn(backend, size, nonlinearity):
     "size", [(8, 30, 4, 32), (3, 100, 10, 20), (1, 200, 8, 64), (32, 20, 64, 200)], ids=str
 )
 def test_float32_is_as_accurate_as_nn_rnn(backend, size, nonlinearity):
+    check_accuracy(size, nonlinearity)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("size", [(16, 20, 256, 256), (1, 20, 256, 256), (8, 10, 40, 512)], ids=str)
+def test_long_sums_are_as_accurate_as_nn_rnn(compiled, size, nonlinearity):
+    check_accuracy(size, nonlinearity)
+
+
+def check_accuracy(size, nonlinearity):
     B, T, I, H = size
     theirs, ours = pair(I, H, nonlinearity=nonlinearity)
     exact = nn.RNN(I, H, nonlinearity=nonlinearity, dtype=f64)

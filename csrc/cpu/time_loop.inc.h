@@ -402,7 +402,7 @@ struct Block {
   // acc[m][n] += sum_k a[m * lda + k] * w(k, n). Long sums are cut into chains that each start from
   // zero, since every addition rounds at the size of the sum so far.
   RNNFAST_INLINE void product(const T* a, int64_t lda, Columns<T> w, int64_t K) {
-    constexpr int64_t kChain = 256;
+    constexpr int64_t kChain = 128;
     for (int64_t k = 0; k < K; k += kChain) {
       Block before;  // written and read where k > 0 alone
       if (k > 0) {
