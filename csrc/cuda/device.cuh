@@ -56,6 +56,13 @@ __device__ inline float round_to_tf32(float x) {
   return __uint_as_float(bits);
 }
 
+// Both are computed, and one is taken: no branch, which would keep a thread's items apart.
+__device__ inline float pick(bool first, float a, float b) {
+  float picked;
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; selp.f32 %0, %2, %3, p;}"
+      : "=f"(picked) : "r"(int(first)), "f"(a), "f"(b));
+  return picked;
+}
 __device__ inline float fast_exp(float x) { return __expf(x); }
 __device__ inline float fast_divide(float x, float y) { return __fdividef(x, y); }
 

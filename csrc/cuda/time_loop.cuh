@@ -36,12 +36,18 @@ __device__ inline float tanh_of(float x) {
   p = p * z + 0.133324523105f;
   p = p * z - 0.333333138896f;
   const float large = 1.0f - fast_divide(2.0f, fast_exp(2.0f * magnitude) + 1.0f);
-  return magnitude < 0.5625f ? x + x * (z * p) : x < 0 ? -large : large;
+  return pick(magnitude < 0.5625f, x + x * (z * p), copysignf(large, x));
 }
 
-template <class Acc>
-__device__ Acc activate(Acc z, bool relu) {
-  return relu ? (z <= 0 ? Acc(0) : z) : tanh_of(z);
+template <class Acc, int N>
+__device__ void activate_all(Acc (&z)[N], bool relu) {
+  if (relu) {
+    RNNFAST_UNROLL
+    for (int n = 0; n < N; ++n) z[n] = z[n] <= 0 ? Acc(0) : z[n];
+  } else {
+    RNNFAST_UNROLL
+    for (int n = 0; n < N; ++n) z[n] = tanh_of(z[n]);
+  }
 }
 
 // d act', from the output h: ReLU is no factor, but stops what may be infinite.
@@ -337,35 +343,59 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
           x_here[x_row * kFusedInput + x_feature] = widen(ahead.x);
         }
         any ? multiply(copy, tile) : __syncthreads();
-        Acc results[kItems] = {};  // h or dz
-        for_each_item([&](int j, int row, int unit) {
-          const int64_t b = tile_row + row;
-          if (b >= p.B) return;
-          const Acc sum = any ? sum_of(row, unit) : Acc(0);
-          if constexpr (BACKWARD) {
-            const int64_t at_b = b * H + unit0 + unit;
-            if (b < now.live) {
-              Acc c = sum;
-              if (b >= live_before && p.grad_h_n) {  // its first visit
-                c += widen(static_cast<const Number*>(p.grad_h_n)[at_b]);
-              }
-              results[j] = through(widen(ahead.g[j]) + c, Acc(widen(ahead.h[j])), p.relu);
-            } else if (b < live_before && p.grad_hx) {  // its last visit was the one before
-              narrow(sum, static_cast<Number*>(p.grad_hx) + at_b);
-            }
-          } else {
-            // A row that has ended, or has not begun, keeps its state.
-            Acc& h = own[(tile * kTileRows + row) * kUnits + unit];
-            if (b < now.live) {
-              Acc z = bias[unit];
-              if (p.I == 0) z += ahead.z[j];
-              for (int i = 0; i < p.I; ++i) {
-                z += x_here[row * kFusedInput + i] * w_ih[i * kUnits + unit];
-              }
-              h = activate(z + sum, p.relu);
-            }
-            results[j] = h;
+        // Without a branch around an item, so that the items of a thread overlap: what an item that
+        // takes no part would read is read from the first row, and dropped.
+        Acc results[kItems], z[kItems];  // h or dz
+        int at_item[kItems];
+        RNNFAST_UNROLL
+        for (int j = 0; j < kItems; ++j) {
+          const Item item = item_of(j);
+          const int row = item.row < kTileRows ? item.row : 0;
+          const Acc sum = sum_of(row, item.unit);
+          results[j] = any ? sum : Acc(0);
+          at_item[j] = (tile * kTileRows + row) * kUnits + item.unit;
+          if constexpr (!BACKWARD) z[j] = bias[item.unit] + ahead.z[j];
+        }
+        if constexpr (BACKWARD) {
+          if (p.grad_h_n && now.live > live_before) {  // the first visit of some rows
+            for_each_item([&](int j, int row, int unit) {
+              const int64_t b = tile_row + row;
+              if (b < live_before || b >= now.live) return;
+              results[j] += widen(static_cast<const Number*>(p.grad_h_n)[b * H + unit0 + unit]);
+            });
           }
+          if (p.grad_hx && now.live < live_before) {  // the last visit of some was the one before
+            for_each_item([&](int j, int row, int unit) {
+              const int64_t b = tile_row + row;
+              if (b < now.live || b >= live_before) return;
+              narrow(results[j], static_cast<Number*>(p.grad_hx) + b * H + unit0 + unit);
+            });
+          }
+          RNNFAST_UNROLL
+          for (int j = 0; j < kItems; ++j) {
+            const Acc d = through(widen(ahead.g[j]) + results[j], Acc(widen(ahead.h[j])), p.relu);
+            results[j] = tile_row + item_of(j).row < now.live ? d : Acc(0);
+          }
+        } else {
+          for (int i = 0; i < p.I; ++i) {
+            RNNFAST_UNROLL
+            for (int j = 0; j < kItems; ++j) {
+              const Item item = item_of(j);
+              const int row = item.row < kTileRows ? item.row : 0;
+              z[j] += x_here[row * kFusedInput + i] * w_ih[i * kUnits + item.unit];
+            }
+          }
+          RNNFAST_UNROLL
+          for (int j = 0; j < kItems; ++j) results[j] += z[j];
+          activate_all(results, p.relu);
+          RNNFAST_UNROLL
+          for (int j = 0; j < kItems; ++j) {  // a row that has ended, or not begun, keeps its state
+            const Acc before = own[at_item[j]];
+            if (tile_row + item_of(j).row >= now.live) results[j] = before;
+          }
+        }
+        for_each_item([&](int j, int row, int unit) {
+          if constexpr (!BACKWARD) own[at_item[j]] = results[j];
           publish(copy ^ 1, tile, row, unit0 + unit, results[j]);
         });
         send(copy ^ 1, tile, rows_of(tile));

@@ -59,6 +59,7 @@ inline float round_to_tf32(float x) {
   return x;
 }
 
+inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_divide(float x, float y) { return x / y; }
 
