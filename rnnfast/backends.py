@@ -173,6 +173,7 @@ def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
     return _why_not_cuda_on(input.get_device(), input.dtype, hidden_size or 1, tf32)
 
 
+@triton_layer.constant_in_a_graph
 @cache
 def _why_not_cuda_on(device: int, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str | None:
     return why_not_cuda(torch.ops.rnnfast._cuda_why_not, device, dtype, hidden_size)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
@@ -92,6 +92,16 @@ def using(config: Config) -> Iterator[None]:
         _override = before
 
 
+_Asked = TypeVar("_Asked", bound=Callable[..., Any])
+
+
+def constant_in_a_graph(question: _Asked) -> _Asked:
+    """For torch.compile, whose traces can neither read flags nor ask C++ or the driver."""
+    constant: _Asked = torch.compiler.assume_constant_result(question)  # type: ignore[no-untyped-call]
+    return constant
+
+
+@constant_in_a_graph
 def tf32_allowed() -> bool:
     """Whether float32 products may run in TF32: where both cuBLAS and cuDNN's RNN may.
 
@@ -161,6 +171,7 @@ def _import_error() -> str | None:
     return None
 
 
+@constant_in_a_graph
 @cache
 def _why_not_on(device: int, dtype: torch.dtype, hidden_size: int | None, tf32: bool) -> str | None:
     properties: Any = torch.cuda.get_device_properties(device)
@@ -501,4 +512,4 @@ def choose_between(ops: library.Library, key: str, name: str, forward: Any, back
 
         with warnings.catch_warnings():  # that a kernel is overridden: it is, on purpose
             warnings.simplefilter("ignore", UserWarning)
-            ops.impl(op, run, key, with_keyset=True)  # type: ignore[no-untyped-call]
+            ops.impl(op, run, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]

@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 
 import cuda_emulation
 import pytest
@@ -58,8 +59,21 @@ def device_of(backend, request):
 def forced(request):
     if request.param not in ("reference", "torch"):
         require_extension()
-    with rnnfast.backend(request.param), device_of(request.param, request):
+    device = device_of(request.param, request)
+    with rnnfast.backend(request.param), device, without_cudnn(device):
         yield request.param
+
+
+@contextmanager
+def without_cudnn(device):
+    """On a GPU nn.RNN is PyTorch's own there: cuDNN's multiplies by TF32, and has no second
+    derivative and no products to be counted."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and device.type != "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 @pytest.fixture(params=["cpu", "reference", CUDA, TRITON])

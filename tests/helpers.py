@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import rnnfast
 
@@ -85,6 +85,12 @@ def run(module, input, hx=None, loss="both", weigh=None):
     return data.detach(), h_n.detach(), grads
 
 
+def pack(sequences, enforce_sorted=True):
+    """pack_sequence, which makes lengths on the default device and then wants them on the CPU."""
+    lengths = [len(x) for x in sequences]
+    return pack_padded_sequence(pad_sequence(sequences), lengths, enforce_sorted=enforce_sorted)
+
+
 def ramp(x):
     """Weights between -1 and 1 that differ from element to element."""
     return torch.cos(torch.arange(x.numel(), dtype=torch.float64)).view(x.shape).to(x)
@@ -145,7 +151,7 @@ def layer(device, dtype, T, B, I, H, lengths=None):
     batch_sizes = None
     x = torch.randn(T, B, I)
     if lengths is not None:
-        packed = pack_sequence([x[:n, b] for b, n in enumerate(lengths)])
+        packed = pack([x[:n, b] for b, n in enumerate(lengths)])
         x, batch_sizes = packed.data, packed.batch_sizes
     weights = [torch.empty(s).uniform_(-(H**-0.5), H**-0.5) for s in ((H, I), (H, H), (H,), (H,))]
     tensors = [x, torch.randn(B, H), *weights]
@@ -174,18 +180,20 @@ def bound(dtype, steps, terms, rows=0, eps=None):
     return 2 * eps + 4 * eps * (rows**0.5 / max(rows, 1)) * steps**0.5
 
 
-def check_layer(
-    device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None, eps=None
-):
-    """Outputs and gradients against the reference in float64 on the same numbers."""
+def run_layer(device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None):
+    """Outputs and gradients of the op on a layer, the layer, and the rest of the call."""
     tensors, batch_sizes = layer(device, dtype, T, B, I, H, lengths)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    rows = tensors[0].shape[:-1].numel()
     shape = (*tensors[0].shape[:-1], H)
     weigh = [torch.randn(shape, device=device), torch.randn(B, H, device=device)]
-    weigh = [w.to(dtype) for w in weigh]
-    call = (batch_sizes, nonlinearity, reverse, weigh)
-    actual = outputs_and_gradients(tensors, *call, torch.ops.rnnfast.rnn_layer)
+    call = (batch_sizes, nonlinearity, reverse, [w.to(dtype) for w in weigh])
+    return outputs_and_gradients(tensors, *call, torch.ops.rnnfast.rnn_layer), tensors, call
+
+
+def check_layer(device, dtype, T, B, I, H, *, eps=None, **kwargs):
+    """Outputs and gradients against the reference in float64 on the same numbers."""
+    actual, tensors, call = run_layer(device, dtype, T, B, I, H, **kwargs)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    rows = tensors[0].shape[:-1].numel()
     truth = outputs_and_gradients(exact, *call, rnnfast.reference.rnn_layer)
     for name, value in truth.items():
         error = (actual[name].double() - value).abs().max() / value.abs().max()

@@ -1,5 +1,6 @@
 """torch.compile and torch.export: one graph, dynamic sizes, the numbers of eager."""
 
+import types
 from operator import getitem
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import rnnfast
+from rnnfast import backends, triton_layer
 
 # Batch and length. Dynamo compiles anew for 0 and 1, and takes sizes that are equal in the first
 # call (to each other, or to 3 and 5, the features) to be one.
@@ -195,6 +197,22 @@ def test_graphs_hold_the_two_ops_and_no_copies_but_of_a_bias_gradient(compiled):
     others = {name for name in targets if not name.startswith("rnnfast")} - {str(getitem)}
     views = ("detach.default", "squeeze.dim", "unsqueeze.default", "view.default")
     assert others <= {f"aten.{name}" for name in (*views, "_unsafe_view.default", "clone.default")}
+
+
+def test_what_decides_on_a_gpu_is_a_constant_of_a_graph(monkeypatch):
+    """No trace can read the flags of TF32, nor ask C++ or the driver."""
+    monkeypatch.setattr(backends, "why_not_cuda", lambda *_: torch._C._get_tracing_state())
+    properties = types.SimpleNamespace(major=9, shared_memory_per_block_optin=1 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.ops.rnnfast, "_cuda_why_not", None, raising=False)
+
+    def decides(x):
+        call = (7, x.dtype, x.size(-1), triton_layer.tf32_allowed())  # the answers are cached
+        refused = backends._why_not_cuda_on(*call) or triton_layer._why_not_on(*call)
+        return x if refused else x + 1
+
+    graph = torch.compile(decides, fullgraph=True, backend="eager")
+    assert torch.equal(graph(torch.ones(2, 5)), torch.full((2, 5), 2.0))
 
 
 def test_autocast_and_cell_in_a_graph(compiled):

@@ -102,11 +102,20 @@ def test_more_rows_than_a_grid_holds(device, use, numbers):
     check_layer(device, f32, 3, B, 1, 512)
 
 
-@pytest.mark.parametrize("numbers", ["f32", "bf16"])
-@pytest.mark.parametrize("name", ["cluster 512", "grid 512"])
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        *((numbers, name) for numbers in ("f32", "bf16") for name in ("cluster 512", "grid 512")),
+        ("bf16", "cluster 1024"),
+        # The emulated device has too few multiprocessors for these.
+        *(pytest.param(n, f"grid {H}", marks=pytest.mark.gpu)
+          for n in ("f32", "tf32", "bf16", "f16") for H in (1024, 2048)),
+    ],
+)  # fmt: skip
 def test_blocks_that_share_rows_at_full_width(device, use, numbers, name):
     use(name)
-    check_layer(device, DTYPES[numbers], 2, 3, 2, 512)
+    eps = 2.0**-10 if numbers == "tf32" else None
+    check_layer(device, DTYPES[numbers], 2, 3, 2, int(name.split()[-1]), eps=eps)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)

@@ -1,6 +1,7 @@
 """What tools/gpu_check.py makes of rows put together by hand; times need a GPU."""
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,40 @@ def test_a_step_says_how_it_ended(tools, tmp_path):
     assert outcome("raise SystemExit(3)") == "failed (exit status 3)"
     assert outcome("import time; time.sleep(3600)", limit=1.0) == "cut off by its time limit"
     assert outcome("pass", skip="there is no tool") == "skipped: there is no tool"
+
+
+def test_only_want_of_time_is_forgiven_and_only_of_the_last_steps(tools, tmp_path):
+    check, _, _ = tools
+    for outcome, fails in ((check.NOT_REACHED, False), (check.CUT_OFF, False), ("failed", True)):
+        for if_time in (False, True):
+            step = check.Step("step", [], 1, if_time=if_time)
+            step.outcome = outcome
+            assert step.failed == (fails or not if_time)
+    steps = check.gpu_steps(tmp_path, None)
+    assert {step.name for step in steps if step.if_time} == {"rivals", "contract tests"}
+    assert [step.if_time for step in steps] == sorted(step.if_time for step in steps)
+
+
+def test_it_finds_the_package_that_is_not_installed(tools):
+    """As on a machine that was lent: the build is in place, and nothing else was done."""
+    code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import gpu_check; print(sys.path[0])"
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(TOOLS.parent.resolve())
+
+
+def test_a_wrong_unit_is_no_time(tools):
+    _, timing, _ = tools
+    theirs = {"output": torch.randn(50, 4, 64, dtype=torch.float64)}
+    for cell in timing.cells_of([(4, 50, 64, 64)], False):
+        eps = 2.0**-8 if cell.precision != "float32 ieee" else 2.0**-22
+        right = theirs["output"] * (1 + eps * torch.randn(50, 4, 64))
+        timing.compare(cell, {"output": right}, theirs)
+        wrong = right.clone()
+        wrong[..., 63] = 0
+        with pytest.raises(ArithmeticError, match=r"of nn\.RNN's"):
+            timing.compare(cell, {"output": wrong}, theirs)
 
 
 def test_without_cuda_kernels_their_steps_are_skipped_by_name(tools, tmp_path):

@@ -167,6 +167,7 @@ def test_the_table_covers_what_was_measured_and_no_more(monkeypatch):
 
 @on_gpu
 def test_float32_is_as_accurate_as_cudnn(device):
+    before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     try:
         for T, B, I, H in ((30, 8, 4, 32), (200, 1, 8, 64), (20, 32, 64, 200)):
@@ -184,7 +185,7 @@ def test_float32_is_as_accurate_as_cudnn(device):
             for a, b, c in zip(*results, strict=True):
                 assert_as_accurate(a, b, c)
     finally:
-        torch.backends.cudnn.rnn.fp32_precision = "none"
+        torch.backends.cudnn.rnn.fp32_precision = before
 
 
 @on_gpu

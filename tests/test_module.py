@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, pair
+from helpers import assert_same, pack, pair
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 from rnnfast import triton_layer
@@ -162,7 +162,7 @@ def test_long_sixteen_bit_inputs_are_those_of_the_reference(compiled, kind, with
     ours = rnnfast.RNN(5, 30, bidirectional=True).bfloat16()
     lengths = [70, 3, 70, 41, 1, 69, 12] * 5
     if kind == "packed":
-        x = pack_sequence([torch.randn(n, 5).bfloat16() for n in lengths], enforce_sorted=False)
+        x = pack([torch.randn(n, 5).bfloat16() for n in lengths], enforce_sorted=False)
         data = x.data.requires_grad_()
         x = x._replace(data=data)
     else:
@@ -398,7 +398,7 @@ def test_cell_with_a_parametrized_weight_and_a_parameter_of_ones_own(backend):
 
 def test_packed_output_is_a_packed_sequence_of_the_same_order(backend):
     ours = rnnfast.RNN(3, 5)
-    packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
+    packed = pack([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
     out, _ = ours(packed)
     assert isinstance(out, PackedSequence)
     assert torch.equal(out.batch_sizes, packed.batch_sizes)

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_same, compare, pair, run
+from helpers import assert_as_accurate, assert_same, compare, pack, pair, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
 from rnnfast import backends
@@ -134,7 +134,7 @@ def test_packed_sequences(backend, lengths, enforce_sorted, with_state, structur
     for module in (theirs, ours):
         for s in sequences:
             s.grad = None
-        packed = pack_sequence(sequences, enforce_sorted=enforce_sorted)
+        packed = pack(sequences, enforce_sorted=enforce_sorted)
         results.append([*run(module, packed, hx), [s.grad for s in sequences]])
     expected, actual = results
     terms = sum(lengths) + 23
@@ -152,7 +152,7 @@ def test_packed_sequences(backend, lengths, enforce_sorted, with_state, structur
 def test_packed_sequences_of_many_rows(backend, hidden_size, nonlinearity):
     theirs, ours = pair(3, hidden_size, nonlinearity=nonlinearity, bidirectional=True, dtype=f64)
     lengths = [1, 9, 30, 17, 17, 2, 25, 8, 30, 14]
-    x = pack_sequence([torch.randn(n, 3, dtype=f64) for n in lengths], enforce_sorted=False)
+    x = pack([torch.randn(n, 3, dtype=f64) for n in lengths], enforce_sorted=False)
     hx = torch.randn(2, len(lengths), hidden_size, dtype=f64, requires_grad=True)
     compare(theirs, ours, x, hx)
     compare(theirs, ours, x, None)
@@ -161,7 +161,7 @@ def test_packed_sequences_of_many_rows(backend, hidden_size, nonlinearity):
 def test_packed_state_of_every_length_is_that_of_the_sequence_alone(backend):
     ours = rnnfast.RNN(3, 20, 2, bidirectional=True, dtype=f64)
     sequences = [torch.randn(n, 3, dtype=f64) for n in (4, 1, 7, 4)]
-    _, h_n = ours(pack_sequence(sequences, enforce_sorted=False))
+    _, h_n = ours(pack(sequences, enforce_sorted=False))
     for b, sequence in enumerate(sequences):
         assert_same(h_n[:, b], ours(sequence)[1], 7, 23, str(b))
 
@@ -496,7 +496,7 @@ def test_generated_calls(name, call):
     )
     hx = torch.randn(hx_size, dtype=f64, requires_grad=True) if with_state else None
     if kind == "packed":
-        x = pack_sequence([torch.randn(n, I, dtype=f64) for n in lengths], enforce_sorted=False)
+        x = pack([torch.randn(n, I, dtype=f64) for n in lengths], enforce_sorted=False)
     elif kind == "unbatched":
         x = torch.randn(T, every * I, dtype=f64)[:, ::every].requires_grad_()
     else:
@@ -515,7 +515,7 @@ def test_functional_rnn_on_raw_weights(any_backend, kind, with_state, config):
     theirs = nn.RNN(3, 5, batch_first=batch_first, dtype=f64, **config)
     weights = [w for layer in theirs.all_weights for w in layer]
     if kind == "packed":
-        x = pack_sequence([torch.randn(n, 3, dtype=f64) for n in (6, 4, 4, 1)])
+        x = pack([torch.randn(n, 3, dtype=f64) for n in (6, 4, 4, 1)])
         data, batch_sizes = x.data, x.batch_sizes
     else:
         x = data = torch.randn(4, 6, 3, dtype=f64)

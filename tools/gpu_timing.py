@@ -118,16 +118,21 @@ def time_cell(
         message = f"{type(error).__name__}: {error}" if what == "error" else str(error)
         write(asdict(cell) | {"contender": contender, what: " ".join(message.split())[:300]})
 
-    entries = {}
+    entries, theirs = {}, None
     with precision(cell.precision), torch.set_grad_enabled(cell.work == "training"):
         for name, prepare in contenders.items():
             ours = name == "nn.RNN" or name.startswith("rnnfast")
             try:
                 entry = prepare(problem, 1)
                 with entry.around():
-                    entry.finish(entry.call())
+                    value = entry.call()
+                    entry.finish(value)
                     if problem.device == "cuda":
                         torch.cuda.synchronize()
+                if name == "nn.RNN":
+                    theirs = {what: x.double() for what, x in entry.results(value).items()}
+                elif ours and theirs is not None:
+                    compare(cell, entry.results(value), theirs)
                 entries[name] = entry
             except Unsupported as why:
                 said(name, "refused", why)
@@ -148,6 +153,23 @@ def time_cell(
         write(row | ({"host_us": found_host[name]} if name in found_host else {}))
 
 
+def compare(cell: Cell, results: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise where a kernel computes something else than nn.RNN, before it is timed.
+
+    Rounding errors of two float32 results add up like a random walk (benchmarks.measure.bound).
+    Rounder numbers are only to be alike: a unit or a row that is wrong is off by about its size.
+    """
+    from benchmarks.measure import error
+
+    found = error(results, theirs)
+    rms, largest = 0.1, 0.25
+    if cell.precision == "float32 ieee":
+        rms = 8 * 2.0**-23 * ((cell.H + cell.I) * cell.T) ** 0.5
+        largest = 10 * rms
+    if not (found.rms <= rms and found.max <= largest):
+        raise ArithmeticError(f"off by {found.rms:.1e} (rms), {found.max:.1e} of nn.RNN's result")
+
+
 def host_times(entries: dict[str, Any]) -> dict[str, float]:
     """Median microseconds until a call returns to the host, the device's queue being empty."""
     import torch
@@ -163,9 +185,12 @@ def host_times(entries: dict[str, Any]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def time_all(file: Path, cells: list[Cell], device: str, contenders: Callable[[Cell], Any]) -> bool:
-    """Time the cells into a file of rows; return whether nothing failed."""
-    failed = []
+Pass = tuple[list[Cell], Callable[[Cell], dict[str, Any]]]  # cells, and the contenders of each
+
+
+def time_all(file: Path, device: str, passes: list[Pass]) -> bool:
+    """Time the cells of one pass after the other into a file; return whether nothing failed."""
+    failed, n, total = [], 0, sum(len(cells) for cells, _ in passes)
     with file.open("w") as rows:
 
         def write(row: dict[str, Any]) -> None:
@@ -175,11 +200,13 @@ def time_all(file: Path, cells: list[Cell], device: str, contenders: Callable[[C
                 failed.append(row)
                 print(row)
 
-        for n, (cell, problem) in enumerate(problems(cells, device)):
-            if n % 20 == 0:
-                print(f"{n} of {len(cells)}", flush=True)
-            time_cell(cell, problem, contenders(cell), write)
-    print(f"{len(cells)} cells, {len(failed)} failures")
+        for cells, contenders in passes:
+            for cell, problem in problems(cells, device):
+                if n % 20 == 0:
+                    print(f"{n} of {total}", flush=True)
+                time_cell(cell, problem, contenders(cell), write)
+                n += 1
+    print(f"{total} cells, {len(failed)} failures")
     return not failed
 
 
@@ -202,11 +229,15 @@ def grid(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
         jobs = {replace(c, B=2, T=4) for c in cells if c.H <= 256 and c.work == "training"}
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
             pool.map_async(warm, jobs, chunksize=1).wait(40)
-    contenders = {"nn.RNN": nn_rnn, "rnnfast triton": forced("triton")}
-    if with_cuda:
-        contenders["rnnfast cuda"] = forced("cuda")
-    device = "cpu" if dry_run else "cuda"
-    return time_all(folder / "grid.jsonl", cells, device, lambda cell: contenders)
+    theirs, triton = {"nn.RNN": nn_rnn}, {"rnnfast triton": forced("triton")}
+    cuda = {"rnnfast cuda": forced("cuda")} if with_cuda else {}
+    # Once Triton has been chosen every call of the ops enters Python, which these would show.
+    host_bound = [c for c in cells if with_cuda and c.T <= 10]
+    passes: list[Pass] = [
+        (host_bound, lambda cell: theirs | cuda),
+        (cells, lambda cell: theirs | triton | ({} if cell in host_bound else cuda)),
+    ]
+    return time_all(folder / "grid.jsonl", "cpu" if dry_run else "cuda", passes)
 
 
 def rivals(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
@@ -220,10 +251,8 @@ def rivals(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
     peer = {"bfloat16": {"flashrnn": flashrnn_elman}, "float32 tf32": {"JAX": jax_scan}}
     cells = cells_of(DRY_RIVALS if dry_run else RIVALS, False)
     cells = [c for c in cells if c.precision in peer]
-    device = "cpu" if dry_run else "cuda"
-    return time_all(
-        folder / "rivals.jsonl", cells, device, lambda cell: contenders | peer[cell.precision]
-    )
+    passes: list[Pass] = [(cells, lambda cell: contenders | peer[cell.precision])]
+    return time_all(folder / "rivals.jsonl", "cpu" if dry_run else "cuda", passes)
 
 
 # ------------------------------------------------------------------------------- latency of a step
