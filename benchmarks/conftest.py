@@ -102,6 +102,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_benchmark_update_json(output_json):
     for benchmark in output_json["benchmarks"]:  # extra_info says it all, in better words
         benchmark |= {"params": None, "options": {}}
+        benchmark["stats"].pop("data", None)  # samples: a third of a file
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -72,7 +72,7 @@ struct Steps {
       rows = walk.seq_len * walk.batch;
       return;
     }
-    batch_sizes = sizes->contiguous();
+    batch_sizes = *sizes;
     walk.seq_len = walk.end = batch_sizes.numel();
     walk.batch_sizes = batch_sizes.const_data_ptr<int64_t>();
     walk.batch = walk.batch_sizes[0];

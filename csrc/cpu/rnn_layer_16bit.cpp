@@ -67,7 +67,7 @@ void widen_block(float* to, int64_t ld, const Tensor& x, int64_t r, int64_t n, i
 
 // z += x w^T in float32, of a 16-bit w, of which `most` numbers are widened at a time.
 void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w, int64_t most) {
-  constexpr int64_t kFewRows = 56;  // as in worth_no_packing
+  constexpr int64_t kFewRows = 56;  // beyond, the library's product is the faster
   const int64_t rows = x.size(0), N = w.size(0), block = part_of(N, most / w.size(1));
   const Tensor wide = at::empty({block, w.size(1)}, x.options());
   for (int64_t n0 = 0; n0 < N; n0 += block) {

@@ -181,15 +181,15 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   const auto slope = [&](Tensor to, const Tensor& dh, const Tensor& h) {
     relu ? at::threshold_backward_out(to, dh, h, 0) : at::tanh_backward_out(to, dh, h);
   };
-  const auto last = [&](const Tensor& x, int64_t s) {
+  const auto visited = [&](const Tensor& x, int64_t s) {  // the s-th, from the last step on
     return x.select(0, steps.walk.reverse ? s : T - 1 - s);
   };
   Tensor dz = empty(out.sizes(), out.scalar_type());
   OptionalTensor dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
-    if (grad_out) dh = dh ? at::add(*dh, last(*grad_out, s)) : last(*grad_out, s);
-    Tensor z = last(dz, s);
-    slope(z, *dh, last(out, s));
+    if (grad_out) dh = dh ? at::add(*dh, visited(*grad_out, s)) : visited(*grad_out, s);
+    Tensor z = visited(dz, s);
+    slope(z, *dh, visited(out, s));
     if (s + 1 < T) dh = at::mm(z, w_hh);
   }
   return dz;

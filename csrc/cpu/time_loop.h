@@ -1,5 +1,5 @@
 // What the fused time loop computes, as plain pointers and strides. The loop itself is in
-// time_loop.inc.h, compiled once per instruction set by time_loop_{avx512,avx2,default}.cpp.
+// time_loop.inc.h, compiled once per instruction set by time_loop_*.cpp.
 //
 //   forward   h[t,b,:] = act( bias + x[t,b,:] W_ih^T + h[t-1,b,:] W_hh^T )
 //   backward  z'[t,b,:] = (g[t,b,:] + z'[t+1,b,:] W_hh) * act'(h[t,b,:])

@@ -541,7 +541,7 @@ struct ForwardCell {
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.out, t, b); }
   int64_t state_stride() const { return f.out.stride_b; }
 
-  template <int M, int N, int G>
+  template <int M, int N, int G = 1>
   static void block(const ForwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
     const Forward<T>& f = self.f;
@@ -607,7 +607,7 @@ struct BackwardCell {
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.dz, t, b); }
   int64_t state_stride() const { return f.dz.stride_b; }
 
-  template <int M, int N, int G>
+  template <int M, int N, int G = 1>
   static void block(const BackwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
     const Backward<T>& f = self.f;
@@ -645,15 +645,15 @@ struct BackwardCell {
 
 // --------------------------------------------------------------------------------------- the walk
 
-// The blocks of 1 to most rows that are N vectors wide, G times.
-template <class Cell, int N, int G, int most>
+// The blocks of 1 to most rows that are N vectors wide.
+template <class Cell, int N, int most>
 struct BlocksOf {
-  using Function = decltype(&Cell::template block<1, N, G>);
+  using Function = decltype(&Cell::template block<1, N>);
   Function of[most];
   constexpr BlocksOf() : of() { fill<most>(); }
   template <int M>
   constexpr void fill() {
-    of[M - 1] = Cell::template block<M, N, G>;
+    of[M - 1] = Cell::template block<M, N>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
@@ -663,7 +663,7 @@ struct BlocksOf {
 template <class Cell, int N, class Run>
 RNNFAST_INLINE void level_blocks(int64_t r, int64_t end, const Run& run) {
   constexpr int most = kMaxRows[N - 1];
-  static constexpr BlocksOf<Cell, N, 1, most> blocks;
+  static constexpr BlocksOf<Cell, N, most> blocks;
   for (int64_t left = (end - r + most - 1) / most; left > 0; --left) {
     const int64_t m = (end - r + left - 1) / left;
     run(blocks.of[m - 1], r, m);
@@ -787,7 +787,7 @@ constexpr int64_t kOuterSumNumbers = 112 * 112;
 
 template <class T>
 struct OuterCell {
-  template <int M, int N, int G>
+  template <int M, int N>
   static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, T* c,
                     int64_t ldc) {
     Block<T, M, N> sum;
@@ -868,7 +868,7 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
 
 template <class T>
 struct PanelCell {
-  template <int M, int N, int G>
+  template <int M, int N>
   static void block(const PanelProduct<T>& f, int64_t r, int last) {
     Block<T, M, N> sum;
     sum.clear();
