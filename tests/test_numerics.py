@@ -96,6 +96,17 @@ def test_float32_is_as_accurate_as_nn_rnn(backend, size, nonlinearity):
     check_accuracy(size, nonlinearity)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_of_many_megabytes(compiled, dtype):
+    """Which are new memory in every call, asked for in large pages."""
+    theirs, ours = (rnn.to(dtype) for rnn in pair(70, 100))
+    x = torch.randn(1100, 120, 70, dtype=dtype, requires_grad=True)
+    expected, actual = run(theirs, x), run(ours, x)
+    assert expected[0].nbytes > 4 << 20
+    for a, b in ((actual[0], expected[0]), (actual[2]["input"], expected[2]["input"])):
+        assert ((a.double() - b.double()).abs() <= 64 * torch.finfo(dtype).eps).all()
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("size", [(16, 20, 256, 256), (1, 20, 256, 256), (8, 10, 40, 512)], ids=str)
 def test_long_sums_are_as_accurate_as_nn_rnn(compiled, size, nonlinearity):

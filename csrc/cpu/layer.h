@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <omp.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,10 +37,26 @@ T* data_of(const Tensor& x) {
   }
 }
 
+// Large memory may be new in every call: glibc returns more than 32 MB to the system when they are
+// freed, and less when they end the heap. Its pages are cleared when they are first touched, 1.3 us
+// each, a third of a call; of 2 MB there are few.
+inline void ask_for_huge_pages(const Tensor& x) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kBytes = 4 << 20, kPage = 2 << 20;
+  if (x.nbytes() <= kBytes) return;
+  const auto data = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + x.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may be refused
+#endif
+}
+
 // at::empty goes through the dispatcher twice, at::zeros five times, each time a hundredth of a small
 // call.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::detail::empty_cpu(sizes, dtype);
+  Tensor x = at::detail::empty_cpu(sizes, dtype);
+  ask_for_huge_pages(x);
+  return x;
 }
 inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
   constexpr size_t kBytes = 32 << 10;  // more are ATen's, whose threads share them

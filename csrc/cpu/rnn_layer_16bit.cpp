@@ -222,7 +222,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
-  const Tensor dz = at::empty(out.sizes(), out.options());
+  const Tensor dz = empty(out.sizes(), out.scalar_type());
   Tensor d_b;
   {
     const Stretches<float> stretches(steps, !steps.walk.reverse, rows_at_a_time(steps, H, spare));
@@ -278,7 +278,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     widened_outer_sum(d_w_hh, pairs, spare);
   }
   if (need_x) {
-    d_x = at::empty(input.sizes(), dz.options());
+    d_x = empty(input.sizes(), dz.scalar_type());
     widened_product(flat(d_x), z, w_ih, spare);
   }
   if (hx && need_h) {
