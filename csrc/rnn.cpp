@@ -68,7 +68,8 @@ Tensor rnn_cell(const Tensor& input, const OptionalTensor& hx, const Tensor& w_i
                 const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                 c10::string_view nonlinearity) {
   if (w_ih.sym_numel() == 0) {  // nn.RNNCell, unlike nn.RNN, may have no inputs or no units
-    const Tensor h = hx ? *hx : at::zeros_symint({input.sym_size(0), w_hh.sym_size(1)}, input.options());
+    const c10::SymInt B = input.sym_size(0), H = w_hh.sym_size(1);
+    const Tensor h = hx ? *hx : at::zeros_symint({B, H}, input.options());
     return nonlinearity == "relu" ? at::rnn_relu_cell(input, h, w_ih, w_hh, b_ih, b_hh)
                                   : at::rnn_tanh_cell(input, h, w_ih, w_hh, b_ih, b_hh);
   }

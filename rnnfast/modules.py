@@ -161,8 +161,8 @@ class RNN(nn.RNNBase):
                         self.dropout if self.training else 0.0, self.bidirectional,
                         self.batch_first,
                     )  # fmt: skip
-                return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
                 # functional.rnn would call the same op, a layer of Python later: a tenth of a call.
+                return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
         except RuntimeError:
             # The op refuses all that nn.RNN refuses, so its checks, another tenth, are asked only
             # now, for its words.
