@@ -251,6 +251,24 @@ def test_gradient_of_the_gradient_under_vmap(backend):
     same(actual, stacked([grad(penalty)(parameters, x[n]) for n in range(N)]))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_outer_gradient_passes_an_inner_call_that_has_none(backend, batch_first):
+    theirs, ours = pair(I, H, batch_first=batch_first, dtype=f64)
+    x, weigh = torch.randn(B, T, I, dtype=f64), torch.randn(B, T, H, dtype=f64)
+    gradients = []
+    for module in (theirs, ours):
+
+        def outer(parameters, module=module):
+            def inner(v):
+                return (functional_call(module, parameters, (x,))[0] * v).sum()
+
+            return grad(inner)(weigh).sin().sum()
+
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        gradients.append(grad(outer)(parameters))
+    same(*gradients[::-1])
+
+
 def test_jacobians_are_those_of_nn_rnn(backend):
     theirs, ours = pair(I, H, 2, bidirectional=True, dtype=f64)
     x, hx = torch.randn(2, 1, I, dtype=f64), torch.randn(4, 1, H, dtype=f64)
