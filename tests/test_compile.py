@@ -184,16 +184,19 @@ def test_inductor_gives_what_eager_gives(compiled):
 
 
 def test_graphs_hold_the_two_ops_and_no_copies_but_of_a_bias_gradient(compiled):
-    targets = set()
+    targets, copied = set(), []
 
     def keep(graph, _):
-        targets.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        calls = [n for n in graph.graph.nodes if n.op == "call_function"]
+        targets.update(str(n.target) for n in calls)
+        copied.extend(n.meta["val"].shape for n in calls if "clone" in str(n.target))
         return make_boxed_func(graph.forward)
 
     ours = rnnfast.RNN(3, 5)
     graph = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     graph(torch.randn(4, 2, 3))[0].sum().backward()
     assert {"rnnfast.rnn_layer.default", "rnnfast.rnn_layer_backward.default"} < targets
+    assert copied == [(5,)]
     others = {name for name in targets if not name.startswith("rnnfast")} - {str(getitem)}
     views = ("detach.default", "squeeze.dim", "unsqueeze.default", "view.default")
     assert others <= {f"aten.{name}" for name in (*views, "_unsafe_view.default", "clone.default")}

@@ -98,13 +98,17 @@ def test_float32_is_as_accurate_as_nn_rnn(backend, size, nonlinearity):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_of_many_megabytes(compiled, dtype):
-    """Which are new memory in every call, asked for in large pages."""
+    """Which are new memory in every call, asked for in large pages.
+
+    A step's numbers are off by one eps or two (root mean square) in either result: 8 are granted.
+    """
     theirs, ours = (rnn.to(dtype) for rnn in pair(70, 100))
     x = torch.randn(1100, 120, 70, dtype=dtype, requires_grad=True)
     expected, actual = run(theirs, x), run(ours, x)
     assert expected[0].nbytes > 4 << 20
     for a, b in ((actual[0], expected[0]), (actual[2]["input"], expected[2]["input"])):
-        assert ((a.double() - b.double()).abs() <= 64 * torch.finfo(dtype).eps).all()
+        error = (a.double() - b.double()).norm(dim=(1, 2)) / b.double().norm(dim=(1, 2))
+        assert error.max() <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])

@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   arrive();
   wait();
 
-  // An item is a row and a unit of a tile; thread n owns the items n, n + kThreads, ...
+  // An item is a row and a unit of a tile; thread n owns the items n, n + kThreads, ... One beyond the
+  // tile counts as of its first row, so that it may be computed and dropped.
   struct Item {
     int row, unit;
     bool exists;
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
   const auto item_of = [&](int j) -> Item {
     const int item = threadIdx.x + j * Product::kThreads;
     const int row = item / kUnits, unit = item % kUnits;
-    return {row, unit, row < kTileRows && unit0 + unit < H};
+    return {row < kTileRows ? row : 0, unit, row < kTileRows && unit0 + unit < H};
   };
   const auto for_each_item = [&](auto&& f) {
     RNNFAST_UNROLL
@@ -343,17 +344,16 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
           x_here[x_row * kFusedInput + x_feature] = widen(ahead.x);
         }
         any ? multiply(copy, tile) : __syncthreads();
-        // Without a branch around an item, so that the items of a thread overlap: what an item that
-        // takes no part would read is read from the first row, and dropped.
+        // Without a branch around an item, so that the items of a thread overlap: those that take no
+        // part are computed, too.
         Acc results[kItems], z[kItems];  // h or dz
         int at_item[kItems];
         RNNFAST_UNROLL
         for (int j = 0; j < kItems; ++j) {
           const Item item = item_of(j);
-          const int row = item.row < kTileRows ? item.row : 0;
-          const Acc sum = sum_of(row, item.unit);
+          const Acc sum = sum_of(item.row, item.unit);
           results[j] = any ? sum : Acc(0);
-          at_item[j] = (tile * kTileRows + row) * kUnits + item.unit;
+          at_item[j] = (tile * kTileRows + item.row) * kUnits + item.unit;
           if constexpr (!BACKWARD) z[j] = bias[item.unit] + ahead.z[j];
         }
         if constexpr (BACKWARD) {
@@ -381,8 +381,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
             RNNFAST_UNROLL
             for (int j = 0; j < kItems; ++j) {
               const Item item = item_of(j);
-              const int row = item.row < kTileRows ? item.row : 0;
-              z[j] += x_here[row * kFusedInput + i] * w_ih[i * kUnits + item.unit];
+              z[j] += x_here[item.row * kFusedInput + i] * w_ih[i * kUnits + item.unit];
             }
           }
           RNNFAST_UNROLL
