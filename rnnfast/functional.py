@@ -207,7 +207,6 @@ def rnn_cell(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise reference.unknown_nonlinearity(nonlinearity)
-    check_cell(input, hx, w_ih, w_hh)
     backend = backends.select(input, w_hh.size(1))
     if takes_whole_calls(backend):
         return rnn_cell_op(  # type: ignore[no-any-return]
@@ -224,19 +223,3 @@ def rnn_cell(
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
     return layer_of(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity, False)[1]
-
-
-def check_cell(input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> None:
-    """Raise nn.RNNCell's errors of sizes that do not fit."""
-    if input.size(1) != w_ih.size(1):
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(1)} expected {w_ih.size(1)}"
-        )
-    if hx is not None and hx.size(0) != input.size(0):
-        raise RuntimeError(
-            f"Input batch size {input.size(0)} doesn't match hidden0 batch size {hx.size(0)}"
-        )
-    if hx is not None and hx.size(1) != w_hh.size(1):
-        raise RuntimeError(
-            f"hidden0 has inconsistent hidden_size: got {hx.size(1)}, expected {w_hh.size(1)}"
-        )

@@ -12,7 +12,7 @@ from operator import is_
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, functional
@@ -240,10 +240,17 @@ class RNNCell(nn.RNNCell):
                     if self.nonlinearity == "tanh"
                     else functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
                 )
-                return h if batched else h.squeeze(0)
+            else:
+                w_ih, w_hh, b_ih, b_hh = weights
+                h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
         except RuntimeError:  # as in RNN
-            _say(functional.check_cell, input, hx, *weights[:2])
+            _say(_check_cell, input, hx, *weights[:2])
             raise
-        w_ih, w_hh, b_ih, b_hh = weights
-        h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
         return h if batched else h.squeeze(0)
+
+
+def _check_cell(input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor) -> None:
+    """Raise nn.RNNCell's errors of sizes: PyTorch's own, whose words change with its versions."""
+    if hx is None:
+        hx = w_hh.new_empty((input.size(0), w_hh.size(1)))
+    _VF.rnn_tanh_cell(*(torch.empty(x.shape, device="meta") for x in (input, hx, w_ih, w_hh)))

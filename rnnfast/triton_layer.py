@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -96,8 +96,16 @@ _Asked = TypeVar("_Asked", bound=Callable[..., Any])
 
 
 def constant_in_a_graph(question: _Asked) -> _Asked:
-    """For torch.compile, whose traces can neither read flags nor ask C++ or the driver."""
-    constant: _Asked = torch.compiler.assume_constant_result(question)  # type: ignore[no-untyped-call]
+    """For torch.compile, whose traces can neither read flags nor ask C++ or the driver.
+
+    In a function of its own, because Dynamo warns of each cached function that it meets.
+    """
+
+    @wraps(question)
+    def ask(*arguments: Any) -> Any:
+        return question(*arguments)
+
+    constant: _Asked = torch.compiler.assume_constant_result(ask)  # type: ignore[no-untyped-call]
     return constant
 
 
@@ -162,6 +170,7 @@ def why_not(input: Tensor, hidden_size: int | None = None) -> str | None:
     return _why_not_on(input.get_device(), input.dtype, hidden_size, tf32_allowed())
 
 
+@constant_in_a_graph
 @cache
 def _import_error() -> str | None:
     try:
@@ -285,6 +294,7 @@ def _launch(kernel: str, batch: int, config: Config, *args: Any, **constants: An
     run(
         *args, **constants, INTERPRETED=INTERPRETED, ROWS=config.rows, TILE=config.tile,
         TILES=config.tiles, DOT=config.dot, num_warps=config.warps, num_stages=1,
+        enable_fp_fusion=True,  # Triton 3.9 warns that it will no longer be the default
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """torch.compile and torch.export: one graph, dynamic sizes, the numbers of eager."""
 
 import types
+import warnings
 from operator import getitem
 
 import pytest
@@ -210,12 +211,15 @@ def test_what_decides_on_a_gpu_is_a_constant_of_a_graph(monkeypatch):
     monkeypatch.setattr(torch.ops.rnnfast, "_cuda_why_not", None, raising=False)
 
     def decides(x):
+        triton_layer._import_error()
         call = (7, x.dtype, x.size(-1), triton_layer.tf32_allowed())  # the answers are cached
         refused = backends._why_not_cuda_on(*call) or triton_layer._why_not_on(*call)
         return x if refused else x + 1
 
     graph = torch.compile(decides, fullgraph=True, backend="eager")
-    assert torch.equal(graph(torch.ones(2, 5)), torch.full((2, 5), 2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(graph(torch.ones(2, 5)), torch.full((2, 5), 2.0))
 
 
 def test_autocast_and_cell_in_a_graph(compiled):

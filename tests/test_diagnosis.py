@@ -102,10 +102,10 @@ def h100s(monkeypatch):
     monkeypatch.setattr(triton_layer, "INTERPRETED", False)
     monkeypatch.setattr(triton_layer, "_import_error", lambda: None)
     monkeypatch.setattr(diagnosing, "_LARGEST", 270)  # just above the largest of Triton's table
-    triton_layer._why_not_on.cache_clear()
+    triton_layer._why_not_on.__wrapped__.cache_clear()
     with FakeTensorMode():
         yield
-    triton_layer._why_not_on.cache_clear()
+    triton_layer._why_not_on.__wrapped__.cache_clear()
 
 
 def test_on_a_gpu_the_sizes_are_those_of_the_kernels_and_of_the_measurements(h100s, monkeypatch):

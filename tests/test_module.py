@@ -363,7 +363,9 @@ def test_cell(backend, nonlinearity, bias, batched, with_state):
         ((2, 2, 3), None),
         ((2, 3), (1, 2, 5)),
         ((2, 3), (5,)),
+        ((5, 3), (5,)),
         ((3,), (2, 5)),
+        ((3,), (1, 5)),
         ((4,), None),
     ],
 )

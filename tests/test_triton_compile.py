@@ -64,7 +64,7 @@ class Compiled:
                 {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
             ),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": config.warps, "num_stages": 1},
+            options={"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True},
         )
         self.shared_memory = compiled.metadata.shared
         self.ttgir = compiled.asm["ttgir"]

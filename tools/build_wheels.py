@@ -43,11 +43,15 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
-#: CUDA first: a CUDA wheel is then tried beside the CPU build of the same torch.
-BUILDS = ("cu130", "cpu")
-#: The build whose version has no local part in the registry, where the others are "2.13.0+cpu".
-UNMARKED = "cu130"
+#: Versions of torch, and the CUDA of the registry's build, whose version has no local part there
+#: (those of the others are "2.13.0+cpu").
+TORCH = {
+    "2.11.0": "cu130",
+    "2.12.1": "cu130",
+    "2.13.0": "cu130",
+    "2.14.1": "cu130",
+    "2.15.0": "cu132",
+}
 
 #: All that an extension may ask the loader for: the system's libraries and what torch loads.
 SYSTEM = {"libc", "libm", "libpthread", "libdl", "libgcc_s", "libstdc++"}
@@ -104,8 +108,8 @@ class Target:
     @property
     def requirement(self) -> str:
         """What pip is asked for; ``===`` excludes builds that have a local part."""
-        unmarked = self.build == UNMARKED
-        return f"torch==={self.torch}" if unmarked else f"torch=={self.torch}+{self.build}"
+        cpu = self.build == "cpu"
+        return f"torch=={self.torch}+cpu" if cpu else f"torch==={self.torch}"
 
 
 def run(log: Path, command: list[str | Path], cwd: Path, **variables: str) -> str:
@@ -268,7 +272,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    targets = {t.name: t for t in (Target(torch, build) for torch in TORCH for build in BUILDS)}
+    # CUDA first: a CUDA wheel is then tried beside the CPU build of the same torch.
+    every = [Target(torch, build) for torch, cuda in TORCH.items() for build in (cuda, "cpu")]
+    targets = {target.name: target for target in every}
     parser.add_argument("--only", action="append", metavar="NAME", choices=targets,
                         help=f"of {', '.join(targets)}; may be repeated")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder for the wheels")
