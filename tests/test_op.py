@@ -406,6 +406,18 @@ def test_tanh_of_special_values_is_that_of_torch(dtype):
         )
 
 
+def test_every_float16_is_read_as_it_is():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    one, none = torch.ones(1, 1, dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16)
+    for some in every.split(1000):  # whole vectors and a part of one
+        x = some.expand(2, -1).unsqueeze(-1)  # two steps: of a single one, other code takes care
+        for sign in (1, -1):
+            args = (x, None, sign * one, none, None, None, None, "relu", False)
+            out, _ = torch.ops.rnnfast.rnn_layer(*args)
+            expected = torch.relu(sign * some).unsqueeze(-1)
+            torch.testing.assert_close(out[0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 

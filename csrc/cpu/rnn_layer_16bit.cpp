@@ -54,13 +54,14 @@ OptionalTensor widened(const OptionalTensor& x) {
 // library's begins.
 void widen_block(float* to, int64_t ld, const Tensor& x, int64_t r, int64_t n, int64_t c,
                  int64_t m) {
-  if (n * m > 4096) {
+  if (n * m > 32768) {
     at::from_blob(to, {n, m}, {ld, 1}, at::kFloat).copy_(x.narrow(0, r, n).narrow(1, c, m));
     return;
   }
   AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "rnnfast::rnn_layer", [&] {
     const int64_t stride_r = x.stride(0), stride_c = x.stride(1);
     const scalar_t* from = x.const_data_ptr<scalar_t>() + r * stride_r + c * stride_c;
+    if (stride_c == 1 && stride_r == m && ld == m) return widen(from, 1, n * m, to);
     for (int64_t i = 0; i < n; ++i) widen(from + i * stride_r, stride_c, m, to + i * ld);
   });
 }

@@ -1117,6 +1117,42 @@ void activate_array(const Sum<T>* z, int64_t n, bool relu, T* h) {
   }
 }
 
+#if !defined(RNNFAST_BFLOAT16)
+// As many numbers of float16 as a vector of float has lanes.
+typedef uint16_t Halves __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
+RNNFAST_INLINE V<float> widened(Halves h) {
+#if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
+  return (V<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);  // GCC 12 warns of the unmasked one
+#elif RNNFAST_VECTOR_BYTES == 32
+  return (V<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+  using Bits = Vector<float>::Bits;
+  const Bits bits = __builtin_convertvector(h, Bits), sign = (bits & 0x8000u) << 16;
+  // Exponents of 5 bits become those of 8: biased by 127, not 15; infinities and NaNs keep the
+  // largest. Below the least of them, of 1, a number is its bits times 2^-24.
+  const Bits wide = (bits & 0x7fffu) << 13;
+  const Bits normal = wide + (wide < (31u << 23) ? Bits{} + (112u << 23) : Bits{} + (224u << 23));
+  typedef int32_t Signed __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  const auto tiny = __builtin_convertvector((Signed)(bits & 0x3ffu), V<float>) * 0x1p-24f;
+  return (V<float>)((wide < (1u << 23) ? (Bits)tiny : normal) | sign);
+#endif
+}
+
+void widen(const Float16* from, int64_t n, float* to) {
+  constexpr int64_t lanes = L<float>;
+  Halves h;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_memcpy(&h, from + i, sizeof(h));
+    store(to + i, widened(h));
+  }
+  if (i == n) return;
+  h = Halves{};
+  __builtin_memcpy(&h, from + i, (n - i) * sizeof(Float16));
+  store_part(to + i, widened(h), int(n - i));
+}
+#endif
+
 #undef RNNFAST_INLINE
 #undef RNNFAST_LAMBDA_INLINE
 
@@ -1125,14 +1161,16 @@ void activate_array(const Sum<T>* z, int64_t n, bool relu, T* h) {
 #if defined(RNNFAST_BFLOAT16)
 const TimeLoop<BFloat16> bf16 = {
     kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, nullptr, 0};
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, nullptr, nullptr, 0};
 #else
 template <class T>
-constexpr TimeLoop<T> table = {kPanel * L<T>, packed_size<T>, pack<T>,           forward<T>,
-                               backward<T>,   linear<T>,      activate_array<T>, outer_sum<T>,
-                               panel_product<T>, kOuterSumNumbers};
-const TimeLoop<float> f32 = table<float>;
-const TimeLoop<double> f64 = table<double>;
+constexpr TimeLoop<T> table(void (*widen)(const Float16*, int64_t, float*)) {
+  return {kPanel * L<T>, packed_size<T>,    pack<T>,      forward<T>,       backward<T>,
+          linear<T>,     activate_array<T>, outer_sum<T>, panel_product<T>, widen,
+          kOuterSumNumbers};
+}
+const TimeLoop<float> f32 = table<float>(widen);
+const TimeLoop<double> f64 = table<double>(nullptr);
 #endif
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -9,9 +9,9 @@
 #define RNNFAST_VECTOR_BYTES 32
 #define RNNFAST_VECTOR_REGISTERS 16
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "time_loop.inc.h"
 #if defined(__clang__)
