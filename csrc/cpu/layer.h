@@ -458,15 +458,24 @@ inline int64_t weights_in_reach() {
   return near_level3 ? 8 * level2_cache() : level2_cache() * 5 / 8;
 }
 
+// Whether a product of K terms and N columns is better made of dot products along the terms: the
+// columns would leave half of a vector's lanes empty or more (notes/cpu.md, "Projection").
+template <class T>
+bool few_columns(int64_t K, int64_t N) {
+  return N <= time_loop<T>().panel_columns / 8 && K >= 128 && K >= 32 * N;
+}
+
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded and the weights of both stay in reach, which saves writing and reading
 // every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
 // product over all steps is the better use of the weights. In bfloat16, whose products are twice as
 // fast, a call costs more (20 us) and more rows have to share a weight. The bounds are measured
 // (notes/cpu.md, "Projection").
-inline bool worth_fusing(const Steps& steps, int64_t I, int64_t H, int64_t bytes) {
-  const int64_t B = steps.walk.batch, weights = (I + H) * H;
-  const bool pairs = bytes == 2;
+template <class T>
+bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
+  const int64_t B = steps.walk.batch, weights = (I + H) * H, bytes = sizeof(T);
+  constexpr bool pairs = !std::is_same_v<T, Sum<T>>;
+  if (!pairs && few_columns<T>(I, H)) return false;
   return I <= 8 || steps.rows * I * H < (pairs ? 1'000'000 : 250'000) ||
          (B >= (pairs ? 1 : 4) && weights <= 40'000) ||
          (B >= (pairs ? 16 : 8) && (I <= 128 || weights * bytes <= weights_in_reach()));
@@ -477,9 +486,20 @@ template <class T>
 void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z) {
   const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, data_of<const T>(w), w.stride(0),
                        z.data, z.stride_b};
-  const int64_t work = batch * f.K;
-  at::parallel_for(0, w.size(0), std::max<int64_t>(kWorkPerThread / (work + 1), 1),
-                   [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
+  const int64_t N = w.size(0);
+  const auto shared_out = [&](int64_t size, const auto& run) {
+    at::parallel_for(0, size, kWorkPerThread * size / (batch * N * f.K + 1) + 1, run);
+  };
+  if (few_columns<T>(f.K, N)) {  // too few to be shared out
+    return shared_out(batch, [&](int64_t b0, int64_t b1) {
+      Linear<T> rows = f;
+      rows.batch = b1 - b0;
+      rows.x += b0 * f.ldx;
+      rows.z += b0 * f.ldz;
+      time_loop<T>().linear(rows, 0, N);
+    });
+  }
+  shared_out(N, [&](int64_t n0, int64_t n1) { time_loop<T>().linear(f, n0, n1); });
 }
 
 // c = start + a w by our own blocks. A panel of w is packed, as many of its rows at a time as stay
@@ -538,6 +558,13 @@ template <class T>
 void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& w) {
   constexpr int64_t kFewRows = 4;
   if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (few_columns<T>(w.size(0), w.size(1)) && w.stride(0) == 1 && c.stride(1) == 1) {
+      if (!start.defined()) c.zero_();
+      if (start.defined() && !start.is_same(c)) c.copy_(start.expand_as(c));
+      const Tensor rows = adjacent_features(a);
+      return add_linear<T>({data_of<const T>(rows), 0, rows.stride(0)}, w.t(), rows.size(0),
+                           {data_of<T>(c), 0, c.stride(0)});
+    }
     if (outruns_library() && a.size(0) > kFewRows && c.stride(1) == 1) {
       return add_own_product<T>(adjacent_features(a), w,
                                 start.defined() ? adjacent_features(start) : start, c);

@@ -163,7 +163,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const int64_t spare = spare_floats(steps, I, H);
   const Stretches<float> stretches(steps, steps.walk.reverse, rows_at_a_time(steps, H, spare));
   // A packed W_ih of many more weights than the output has numbers would be most of the memory.
-  const bool fused = T > 1 && worth_fusing(steps, I, H, sizeof(float)) &&
+  const bool fused = T > 1 && worth_fusing<float>(steps, I, H) &&
                      (I <= 8 || (I <= 256 && steps.rows >= H));
   Space<float> packed((T > 1 ? loop.packed_size(H, H) : 0) +
                       (fused ? loop.packed_size(I, H) : 0) + loop.packed_size(1, H));

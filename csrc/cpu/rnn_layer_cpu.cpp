@@ -57,7 +57,7 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
   const auto out_rows = steps.rows_of<T>(out);
   // One product over all steps, unless it would cost less than its call.
   const bool projected =
-      !sums_apart && walk.seq_len > 1 && !worth_fusing(steps, w_ih.size(1), H, sizeof(T));
+      !sums_apart && walk.seq_len > 1 && !worth_fusing<T>(steps, w_ih.size(1), H);
   if (projected) project<T>(input, layer, flat(out));
   Space<Sum<T>> bias(panels_of<T>(H) * time_loop<T>().panel_columns);
   Sum<T>* end = bias.data();
@@ -139,7 +139,7 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
   f.relu = relu;
   f.out = steps.rows_of<T>(out);
 
-  const bool fused = worth_fusing(steps, I, H, sizeof(T));
+  const bool fused = worth_fusing<T>(steps, I, H);
   Tensor x;
   Space<Sum<T>> bias(fused ? panels_of<T>(H) * loop.panel_columns : 0);
   if (fused) {
