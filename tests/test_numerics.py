@@ -90,6 +90,13 @@ def test_sizes_against_nn_rnn(backend, size, nonlinearity):
     compare(theirs, ours, x, hx)
 
 
+@pytest.mark.parametrize("H", [1, 3])
+def test_many_features_onto_few_units_batch_first(backend, H):
+    theirs, ours = pair(300, H, batch_first=True, bidirectional=True, dtype=f64)
+    x = torch.randn(30, 9, 300, dtype=f64, requires_grad=True)
+    compare(theirs, ours, x, torch.randn(2, 30, H, dtype=f64, requires_grad=True))
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize(
     "size", [(8, 30, 4, 32), (3, 100, 10, 20), (1, 200, 8, 64), (32, 20, 64, 200)], ids=str

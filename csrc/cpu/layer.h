@@ -308,13 +308,13 @@ class Stretches {
 
 inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
-// x [T, B, F] or [rows, F], or a copy, so that all its rows lie row_stride(x) apart: what flat does,
-// but without the view, a fiftieth of a small call.
-inline Tensor evenly_spaced(const Tensor& x) {
-  const bool even = x.dim() == 2 || x.size(0) == 1 || x.size(1) == 1 ||
-                    x.stride(0) == x.size(1) * x.stride(1);
-  return even ? x : flat(x);
+// Whether all rows of x [T, B, F] or [rows, F] lie row_stride(x) apart; x, or a copy of which they
+// do: what flat does, but without the view, a fiftieth of a small call.
+inline bool has_even_rows(const Tensor& x) {
+  return x.dim() == 2 || x.size(0) == 1 || x.size(1) == 1 ||
+         x.stride(0) == x.size(1) * x.stride(1);
 }
+inline Tensor evenly_spaced(const Tensor& x) { return has_even_rows(x) ? x : flat(x); }
 inline int64_t row_stride(const Tensor& x) {
   return x.dim() == 3 && x.size(1) > 1 ? x.stride(1) : x.stride(0);
 }
@@ -558,13 +558,6 @@ template <class T>
 void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& w) {
   constexpr int64_t kFewRows = 4;
   if constexpr (std::is_same_v<T, Sum<T>>) {
-    if (few_columns<T>(w.size(0), w.size(1)) && w.stride(0) == 1 && c.stride(1) == 1) {
-      if (!start.defined()) c.zero_();
-      if (start.defined() && !start.is_same(c)) c.copy_(start.expand_as(c));
-      const Tensor rows = adjacent_features(a);
-      return add_linear<T>({data_of<const T>(rows), 0, rows.stride(0)}, w.t(), rows.size(0),
-                           {data_of<T>(c), 0, c.stride(0)});
-    }
     if (outruns_library() && a.size(0) > kFewRows && c.stride(1) == 1) {
       return add_own_product<T>(adjacent_features(a), w,
                                 start.defined() ? adjacent_features(start) : start, c);

@@ -76,7 +76,7 @@ void add_widened_linear(const Tensor& z, const Tensor& x, const Tensor& w, int64
     const Tensor w_n = wide.narrow(0, 0, n);
     w_n.copy_(w.narrow(0, n0, n));
     Tensor z_n = z.narrow(1, n0, n);
-    if (rows > kFewRows) {
+    if (rows > kFewRows && !few_columns<float>(w.size(1), N)) {
       product_into<float>(z_n, z_n, x, w_n.t());
     } else {
       add_linear<float>({x.const_data_ptr<float>(), 0, x.stride(0)}, w_n, rows,

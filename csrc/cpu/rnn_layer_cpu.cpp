@@ -40,6 +40,24 @@ template <class T>
 void project(const Tensor& input, const Direction& layer, const Tensor& out) {
   const OptionalTensor &b_ih = layer.b_ih, &b_hh = layer.b_hh;
   const Tensor bias = b_ih && b_hh ? at::add(*b_ih, *b_hh) : b_ih ? *b_ih : b_hh.value_or(Tensor());
+  const int64_t I = layer.w_ih.size(1), H = layer.w_ih.size(0);
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (few_columns<T>(I, H)) {
+      bias.defined() ? out.copy_(bias.expand_as(out)) : out.zero_();
+      const Tensor x = adjacent_features(input), w_ih = adjacent_features(layer.w_ih);
+      // Batch-first, a sequence at a time: a copy would cost as much as the product.
+      const bool by_sequence = !has_even_rows(x);
+      const int64_t B = by_sequence ? x.size(1) : 1, rows = out.size(0) / B;
+      const int64_t ldx = by_sequence ? x.stride(0) : row_stride(x), ldz = B * out.stride(0);
+      at::parallel_for(0, B, kWorkPerThread / (rows * H * I) + 1, [&](int64_t b0, int64_t b1) {
+        for (int64_t b = b0; b < b1; ++b) {
+          const T* x_b = data_of<const T>(x) + (by_sequence ? b * x.stride(1) : 0);
+          add_linear<T>({x_b, 0, ldx}, w_ih, rows, {data_of<T>(out) + b * out.stride(0), 0, ldz});
+        }
+      });
+      return;
+    }
+  }
   product_into<T>(out, bias, flat(input), layer.w_ih.t());
 }
 
