@@ -1161,7 +1161,8 @@ void widen(const Float16* from, int64_t n, float* to) {
 #if defined(RNNFAST_BFLOAT16)
 const TimeLoop<BFloat16> bf16 = {
     kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr, nullptr, nullptr, 0};
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr,
+    nullptr,              nullptr,               0};
 #else
 template <class T>
 constexpr TimeLoop<T> table(void (*widen)(const Float16*, int64_t, float*)) {
