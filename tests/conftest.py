@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same numbers whatever ran before, on every machine."""
+    torch.manual_seed(0)
+
+
 def require_extension():
     """Without the extension the kernel's half is skipped by name, or fails where
     RNNFAST_REQUIRE_EXT says that there must be one."""

@@ -181,22 +181,43 @@ def bound(dtype, steps, terms, rows=0, eps=None):
 
 
 def run_layer(device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None):
-    """Outputs and gradients of the op on a layer, the layer, and the rest of the call."""
+    """Outputs of the op on a layer and its gradients from them; its tensors, the gradients given,
+    the rest of the call."""
     tensors, batch_sizes = layer(device, dtype, T, B, I, H, lengths)
-    shape = (*tensors[0].shape[:-1], H)
-    weigh = [torch.randn(shape, device=device), torch.randn(B, H, device=device)]
-    call = (batch_sizes, nonlinearity, reverse, [w.to(dtype) for w in weigh])
-    return outputs_and_gradients(tensors, *call, torch.ops.rnnfast.rnn_layer), tensors, call
+    tensors = [t.detach() for t in tensors]
+    call = (batch_sizes, nonlinearity, reverse)
+    out, h_n = torch.ops.rnnfast.rnn_layer(*tensors, *call)
+    given = [torch.randn(y.shape, device="cpu").to(y) for y in (out, h_n)]
+    grads = torch.ops.rnnfast.rnn_layer_backward(*given, *tensors[:4], out, *call, [True] * 5)
+    names = ("out", "h_n", "input", "hx", "w_ih", "w_hh", "b")
+    return dict(zip(names, (out, h_n, *grads), strict=True)), tensors, given, call
 
 
 def check_layer(device, dtype, T, B, I, H, *, eps=None, **kwargs):
-    """Outputs and gradients against the reference in float64 on the same numbers."""
-    actual, tensors, call = run_layer(device, dtype, T, B, I, H, **kwargs)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    rows = tensors[0].shape[:-1].numel()
-    truth = outputs_and_gradients(exact, *call, rnnfast.reference.rnn_layer)
-    for name, value in truth.items():
-        error = (actual[name].double() - value).abs().max() / value.abs().max()
-        summed = 0 if name in ("out", "h_n", "input", "hx") else rows
-        allowed = bound(dtype, T, I + H, summed, eps)
+    """The outputs against the reference in float64 on the same numbers, and the gradients against
+    the reference's from the same outputs, since a unit of ReLU that rounding turns on or off has
+    another gradient. Where a 16-bit state is carried as it is stored, its rounding of eps/2 comes
+    back through W_hh, whose rows have a norm of 0.6: less than the eps that `bound` leaves beside
+    the result's own rounding."""
+    actual, tensors, given, call = run_layer(device, dtype, T, B, I, H, **kwargs)
+    tensors, given = ([t.double() for t in group] for group in (tensors, given))
+    x, hx, w_ih, w_hh, *_ = tensors
+    out = actual["out"].double()
+    backward = rnnfast.reference.rnn_layer_backward
+    truth = (
+        *rnnfast.reference.rnn_layer(*tensors, *call),
+        *backward(*given, x, hx, w_ih, w_hh, out, *call),
+    )
+    # A sum over rows whose terms cancel is smaller than the scale of its rounding errors, which is
+    # the sum's for terms of any sign. dz is the gradient of an input that goes in as it is.
+    dz, *_ = backward(*given, out, hx, torch.eye(H).to(w_hh), w_hh, out, *call)
+    rows = dz.shape[:-1].numel()
+    factors = {"w_ih": rms(x), "w_hh": rms(out), "b": 1.0}
+    for (name, value), expected in zip(actual.items(), truth, strict=True):
+        assert value.dtype == dtype, name
+        scale = max(expected.abs().max().item(), torch.finfo(dtype).smallest_normal)
+        if summed := name in factors:
+            scale = max(scale, rows**0.5 * rms(dz) * factors[name])
+        error = (value.double() - expected).abs().max().item()
+        allowed = bound(dtype, T, I + H, rows if summed else 0, eps) * scale
         assert error <= allowed, f"{name}: off by {error:.2e}, bound {allowed:.2e}"

@@ -32,7 +32,6 @@ DTYPES = {"f32": f32, "tf32": f32, "f64": f64, "bf16": bf16, "f16": f16}
 def device(request):
     """Where the kernels run: the CPU, emulated, or a GPU."""
     device = device_of("cuda", request)
-    torch.manual_seed(0)
     with rnnfast.backend("cuda"):
         yield device
 

@@ -153,7 +153,6 @@ def test_every_row_has_a_probe():
 @pytest.mark.parametrize("feature", PROBES)
 @pytest.mark.parametrize(("column", "rnn"), [(0, rnnfast.RNN), (1, nn.RNN)], ids=["ours", "nn.RNN"])
 def test_what_the_table_says(feature, column, rnn):
-    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters and of nn.RNN, about themselves
         if rnn is nn.RNN and feature in REFUSALS:

@@ -33,7 +33,6 @@ def backend(request):
 def device(backend, request):
     """Where they run: on the CPU, interpreted or emulated, or on a GPU."""
     device = device_of(backend, request)
-    torch.manual_seed(0)
     with rnnfast.backend(backend):
         yield device
 

@@ -574,7 +574,6 @@ def test_functional_rnn_cell_on_raw_weights(any_backend, config, with_state):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_reference_derivatives_are_those_of_its_forward(nonlinearity, reverse, sizes, with_state):
     """The specification agrees with itself: its backward and double backward against autograd."""
-    torch.manual_seed(0)
     shape = (4, 4, 3) if sizes is None else (sum(sizes), 3)
     x = torch.randn(shape, dtype=f64, requires_grad=True)
     hx = torch.randn(4, 5, dtype=f64, requires_grad=True) if with_state else None

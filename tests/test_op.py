@@ -234,32 +234,10 @@ SIXTEEN_BIT = [
 @pytest.mark.parametrize("size", SIXTEEN_BIT, ids=lambda size: "x".join(map(str, size[:4])))
 @pytest.mark.parametrize("reverse", [False, True])
 def test_sixteen_bits_are_close_to_float64(size, dtype, nonlinearity, reverse):
-    """The outputs against float64 on the same numbers, and the gradients against float64 from the
-    same outputs, since a unit of ReLU that rounding turns on or off has another gradient. Where a
-    state is carried as it is stored, its rounding of eps/2 comes back through W_hh, whose rows have
-    a norm of 0.6: less than the eps that `bound` leaves beside the result's own rounding."""
     *shape, lengths = size
-    tensors, batch_sizes = helpers.layer("cpu", dtype, *shape, lengths)
-    x, h, *weights = (t.detach() for t in tensors)
-    call = (batch_sizes, nonlinearity, reverse)
-    actual = torch.ops.rnnfast.rnn_layer(x, h, *weights, *call)
-    wide = [t.double() for t in (x, h, *weights)]
-    truth = rnnfast.reference.rnn_layer(*wide, *call)
-    T, _, I, H = shape
-    rows = x.shape[:-1].numel()
-    for a, b in zip(actual, truth, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - b).abs().max() <= helpers.bound(dtype, T, I + H) * b.abs().max()
-
-    out, h_n = actual
-    given = [torch.randn(y.shape).to(dtype) for y in (out, h_n)]
-    backward = torch.ops.rnnfast.rnn_layer_backward
-    actual = backward(*given, x, h, *weights[:2], out, *call, [True] * 5)
-    given = [g.double() for g in given]
-    truth = rnnfast.reference.rnn_layer_backward(*given, *wide[:4], out.double(), *call)
-    for name, a, b in zip(("x", "hx", "w_ih", "w_hh", "b"), actual, truth, strict=True):
-        allowed = helpers.bound(dtype, T, I + H, 0 if name in ("x", "hx") else rows)
-        assert (a.double() - b).abs().max() <= allowed * b.abs().max(), name
+    helpers.check_layer(
+        "cpu", dtype, *shape, nonlinearity=nonlinearity, reverse=reverse, lengths=lengths
+    )
 
 
 @pytest.mark.parametrize("dtype", [f64, torch.float32, torch.bfloat16])
@@ -369,7 +347,6 @@ def test_tanh_is_accurate_over_the_whole_range(dtype):
     """Within 2 ulp of the true value, 1 by AVX-512's table: against tanh in twice the precision for
     float32, and within 2 ulp plus the ulp of torch's own for float64."""
     exponents = torch.arange(-126, 8 if dtype == torch.float32 else 6, dtype=f64)
-    torch.manual_seed(0)
     x = torch.cat(
         [
             torch.linspace(-12, 12, 500_001, dtype=f64),

@@ -45,7 +45,6 @@ def step(model, optimizer):
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 def test_swapped_model_trains_on_with_the_optimizer_that_it_had(backend, optimizer):
-    torch.manual_seed(0)
     model = Tagger()
     twin = copy.deepcopy(model)
     ours, theirs = (optimizer(m.parameters(), lr=0.01) for m in (model, twin))
@@ -123,7 +122,6 @@ class Halved(nn.Module):
 
 
 def test_parametrizations_stay_and_can_be_removed_after(backend):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.RNN(3, 5))
     parametrize.register_parametrization(model[0], "weight_hh_l0", Halved())
     parametrizations.weight_norm(model[0], "weight_ih_l0")

@@ -55,7 +55,6 @@ def test_optimizers_and_clipping(backend, optimizer, options):
 
 def test_bfloat16_model_trains(backend):
     """A whole model in bfloat16: gradients of its dtype, close to those of float32."""
-    torch.manual_seed(0)
     wide = nn.ModuleDict(dict(rnn=rnnfast.RNN(3, 16, 2), head=nn.Linear(16, 1)))
     narrow = copy.deepcopy(wide).bfloat16()
     x = torch.randn(6, 4, 3)

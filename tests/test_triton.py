@@ -19,7 +19,6 @@ f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 def device(request):
     """Where the kernels run: the CPU, interpreted, or a GPU."""
     device = device_of("triton", request)
-    torch.manual_seed(0)
     with rnnfast.backend("triton"):
         yield device
 
