@@ -80,8 +80,9 @@ def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _load_matrix(w_ptr, TRANSPOSED: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
-                 TILES: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _load_matrix(w_ptr, TRANSPOSED: tl.constexpr, H: tl.constexpr, STRIDE: tl.constexpr,
+                 TILE: tl.constexpr, TILES: tl.constexpr, DOT: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
     """All of M in ``s M``, s a row: ``M[i, j]`` is ``w[i, j]``, or ``w[j, i]`` if TRANSPOSED.
 
     Tile ``j * TILES + i`` holds ``M[i, j]`` as an operand of tl.dot, or turned over, in ACC.
@@ -96,7 +97,7 @@ def _load_matrix(w_ptr, TRANSPOSED: tl.constexpr, H: tl.constexpr, TILE: tl.cons
         else:
             j = j[:, None]
             i = i[None, :]
-        at = j * H + i if TRANSPOSED else i * H + j
+        at = j * STRIDE + i if TRANSPOSED else i * STRIDE + j
         tile = tl.load(w_ptr + at, mask=(i < H) & (j < H), other=0.0)
         tiles = tiles + (tile if DOT else tile.to(ACC),)
     return tiles
@@ -228,7 +229,7 @@ def rnn_forward(
     row0 = tl.program_id(0) * ROWS
     row = row0 + tl.arange(0, ROWS)
     steps = T if steps_ptr is None else _length(steps_ptr, T, row0)
-    matrix = _load_matrix(w_hh_ptr, True, H, TILE, TILES, DOT, ACC)
+    matrix = _load_matrix(w_hh_ptr, True, H, H, TILE, TILES, DOT, ACC)
 
     bias = ()
     w_ih = ()
@@ -287,15 +288,16 @@ def rnn_backward(
     grad_out_ptr,  # [T, B, H] or [rows, H], or None
     grad_h_n_ptr,  # [B, H] or None
     out_ptr,  # as grad_out
-    w_hh_ptr,  # [H, H]
+    w_hh_ptr,  # [H, H], rows stride_w apart
     dz_ptr,  # as grad_out
     grad_hx_ptr,  # [B, H] or None
     steps_ptr,  # as in rnn_forward
     T,
     B,
-    stride_gt,  # of grad_out; every other tensor is contiguous
+    stride_gt,  # of grad_out; every other tensor but w_hh is contiguous
     stride_gb,
     stride_gh,
+    stride_w: tl.constexpr,
     H: tl.constexpr,
     RELU: tl.constexpr,
     REVERSE: tl.constexpr,  # the forward's direction
@@ -311,7 +313,7 @@ def rnn_backward(
     row0 = tl.program_id(0) * ROWS
     row = row0 + tl.arange(0, ROWS)
     steps = T if steps_ptr is None else _length(steps_ptr, T, row0)
-    matrix = _load_matrix(w_hh_ptr, False, H, TILE, TILES, DOT, ACC)
+    matrix = _load_matrix(w_hh_ptr, False, H, stride_w, TILE, TILES, DOT, ACC)
 
     c = ()
     for j in tl.static_range(TILES):

@@ -44,7 +44,7 @@ class Compiled:
             "H": H, "I": I, "RELU": False, "REVERSE": False, "PRECISION": "tf32",
             "ACC": tl.float64 if dtype == f64 else tl.float32, "INTERPRETED": False,
             "ROWS": config.rows, "TILE": config.tile, "TILES": config.tiles, "DOT": config.dot,
-            "stride_xi": 1, "stride_gh": 1,
+            "stride_xi": 1, "stride_gh": 1, "stride_w": triton_layer.row_stride(H, config),
         }  # fmt: skip
         if not packed:
             constants["steps_ptr"] = None
@@ -54,7 +54,7 @@ class Compiled:
         pointers["steps_ptr"] = "*i64"
         if I == 0:  # the projection, not rounded to storage
             pointers["x_ptr"] = "*fp64" if dtype == f64 else "*fp32"
-        strides = {n for n in names if n.startswith("stride") and H % 16 == 0}
+        strides = {n for n in names if n.startswith("stride") and H % 16 == 0} - constants.keys()
         aligned = [n for n in names if n in pointers.keys() | strides and n not in constants]
         compiled = triton.compile(
             ASTSource(
@@ -122,7 +122,9 @@ def test_every_configuration_fits_the_card(tmp_path, kernel, dtype, H, config):
 
 @pytest.mark.parametrize("kernel", ["rnn_forward", "rnn_backward"])
 @pytest.mark.parametrize(
-    ("dtype", "H"), [(f32, 100), (f32, 191), (f64, 50), (bf16, 63), (f16, 200)], ids=str
+    ("dtype", "H"),
+    [(f32, 100), (f32, 129), (f32, 190), (f32, 191), (f64, 50), (f64, 63), (bf16, 63), (f16, 200)],
+    ids=str,
 )
 def test_packed_masked_and_fused(tmp_path, kernel, dtype, H):
     """What takes the most registers beside the matrix: masks, offsets, columns of W_ih."""
