@@ -26,6 +26,7 @@ import platform
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -148,6 +149,16 @@ def build_ext_class(against_cuda: str | None, required: bool) -> type:
             if against_cuda is None:
                 return {"cuda": torch.version.cuda, "cuda_arch_list": arch_list()}
             return {"cuda": None, "cuda_arch_list": None, "why_not_cuda": against_cuda}
+
+        def build_extensions(self) -> None:
+            # A Python that was linked with a search path of its own, as conda's, hands it on to
+            # what it builds; where a wheel is installed, that folder may be anything.
+            flags = (sysconfig.get_config_var("LDFLAGS") or "").split()
+            own = {flag for flag in flags if flag.startswith("-Wl,-rpath")}
+            for linker in ("linker_so", "linker_so_cxx"):
+                command = getattr(self.compiler, linker, None) or []
+                setattr(self.compiler, linker, [word for word in command if word not in own])
+            super().build_extensions()
 
         @staticmethod
         def look_for_compiler() -> None:
