@@ -87,7 +87,8 @@ def test_the_words_name_every_backend_that_cannot_run_and_why(forced):
 
 @pytest.fixture
 def h100s(monkeypatch):
-    """A machine with two GPUs of one model, as far as the table asks."""
+    """A machine with two GPUs of one model, as far as the table asks, and no kernels in CUDA C++,
+    which would ask the driver."""
     name = "NVIDIA H100"
     properties = SimpleNamespace(name=name, major=9, minor=0, shared_memory_per_block_optin=232448)
     for function, result in {
@@ -99,6 +100,7 @@ def h100s(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, function, lambda *args, result=result: result)
     monkeypatch.setattr(backends, "extension_error", None)
+    monkeypatch.setattr(triton_layer, "has_compiled_kernels", lambda key: False)
     monkeypatch.setattr(triton_layer, "INTERPRETED", False)
     monkeypatch.setattr(triton_layer, "_import_error", lambda: None)
     monkeypatch.setattr(diagnosing, "_LARGEST", 270)  # just above the largest of Triton's table
