@@ -542,12 +542,16 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
       }
     }
   };
+  // Panels are shared out, or rows, every thread packing all panels: whichever leaves the busiest
+  // thread less. Of 200 columns, 4 panels, one of two threads would have 128.
+  constexpr int64_t kPacking = 16;  // multiply-adds in the time of packing a number
   const int64_t panels = panels_of<T>(N), work = rows * K * N;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (panels % threads == 0 || panels >= 4 * threads) {
+  const int64_t most = std::min((panels + threads - 1) / threads * width, N);
+  if (most * (rows + kPacking) <= N * (rows / threads + kPacking)) {
     at::parallel_for(0, panels, kWorkPerThread * panels / (work + 1) + 1,
                      [&](int64_t p0, int64_t p1) { run(p0, p1, 0, rows); });
-  } else {  // uneven: rows instead, every thread packing all panels
+  } else {
     at::parallel_for(0, rows, kWorkPerThread * rows / (work + 1) + 1,
                      [&](int64_t r0, int64_t r1) { run(0, panels, r0, r1); });
   }
