@@ -544,7 +544,7 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
   };
   // Panels are shared out, or rows, every thread packing all panels: whichever leaves the busiest
   // thread less. Of 200 columns, 4 panels, one of two threads would have 128.
-  constexpr int64_t kPacking = 16;  // multiply-adds in the time of packing a number
+  constexpr int64_t kPacking = 16;  // packing a number, in multiply-adds: 0.16 ns against 0.009
   const int64_t panels = panels_of<T>(N), work = rows * K * N;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t most = std::min((panels + threads - 1) / threads * width, N);
