@@ -8,10 +8,13 @@ cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a fl
 cuda        the same op in CUDA C++                  CUDA tensors where it was measured to win
                                                      (nowhere yet), or where it is forced
 triton      the same op by Triton                    the same
-torch       PyTorch's own RNN (cuDNN on CUDA)        other devices, until a kernel of ours applies:
-                                                     never slower than nn.RNN there
-reference   plain PyTorch, :mod:`rnnfast.reference`  everything else, forward-mode derivatives, and
-                                                     torch.vmap on devices without a kernel of ours
+torch       PyTorch's own RNN (cuDNN on CUDA)        where no kernel of ours applies, so that a
+                                                     call is never slower than nn.RNN's: devices
+                                                     other than the CPU; float32 and float64 there
+                                                     too if the extension is missing
+reference   plain PyTorch, :mod:`rnnfast.reference`  everything else: forward-mode derivatives, and
+                                                     torch.vmap, 16-bit types and torch.compile
+                                                     without a kernel of ours
 ==========  =======================================  ==============================================
 
 ``RNNFAST_BACKEND=NAME`` or ``with rnnfast.backend(NAME)`` forces one; a forced backend that cannot
@@ -56,7 +59,7 @@ _HOW_TO_BUILD = (
 
 
 class FallbackWarning(UserWarning):
-    """The compiled kernels are missing; calls run on the pure-PyTorch reference."""
+    """The compiled kernels are missing; calls are no faster than those of ``nn.RNN``."""
 
 
 # ------------------------------------------------------------------------------ the extension
@@ -115,9 +118,9 @@ _LIBRARIES = tuple(os.path.dirname(file) + os.sep for file in (__file__, str(tor
 
 
 def _stack_level() -> int:
-    """For a warning of the caller's: up to the first line that is neither ours nor torch's.
+    """The stacklevel of the first frame that is neither ours nor torch's.
 
-    What ``skip_file_prefixes`` is from Python 3.12 on.
+    ``skip_file_prefixes`` does the same from Python 3.12 on.
     """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
@@ -130,7 +133,8 @@ def _warn_fallback() -> None:
     if not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            f"rnnfast runs on its slow pure-PyTorch reference: {extension_error} {_HOW_TO_BUILD}",
+            f"rnnfast runs without its kernels, no faster than nn.RNN: {extension_error} "
+            f"{_HOW_TO_BUILD}",
             FallbackWarning,
             stacklevel=_stack_level(),
         )
@@ -269,7 +273,7 @@ TAKEN: dict[str, str] = {
     "cpu": "always",
     "cuda": "where a row of GPU_WINS says that it was measured to be faster",
     "triton": "where a row of GPU_WINS says that it was measured to be faster",
-    "torch": "on devices other than the CPU, where no kernel of ours is taken",
+    "torch": "on other devices, and on the CPU in float32 and float64 without the extension",
     "reference": "where none of the others is",
 }
 
@@ -317,9 +321,21 @@ def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
         return "cpu"
     if input.is_cuda and (winner := _winner(input, hidden_size, packed)):
         return winner
-    if input.is_cpu or input.is_meta or _why_not_torch(input) is not None:
+    if (input.is_cpu or input.is_meta) and not _torch_takes_over(input):
         return "reference"
-    return "torch"
+    return "torch" if _why_not_torch(input) is None else "reference"
+
+
+def _torch_takes_over(input: Tensor) -> bool:
+    """Whether PyTorch's own RNN is the CPU's fallback: not in 16-bit types, whose state the
+    reference keeps in float32, nor in a compiled graph, which may hold a vmap that it cannot run.
+    """
+    return (
+        extension_error is not None
+        and input.dtype in (torch.float32, torch.float64)
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
 
 
 def select(input: Tensor, hidden_size: int | None = None, packed: bool = False) -> str:
@@ -340,7 +356,7 @@ def select(input: Tensor, hidden_size: int | None = None, packed: bool = False) 
         name = _forced
     else:
         name = chosen(input, hidden_size, packed)
-        if name == "reference" and extension_error is not None:
+        if extension_error is not None and (name == "reference" or input.is_cpu):
             _warn_fallback()
     if name == "triton":
         triton_layer.take_calls()

@@ -187,7 +187,7 @@ def _store(ptr, tiles, first, live, row, H: tl.constexpr, TILE: tl.constexpr,
     """The same, to a contiguous tensor."""
     for j in tl.static_range(TILES):
         f = j * TILE + tl.arange(0, TILE)[None, :]
-        at = ptr + (first + row)[:, None] * H + f
+        at = ptr + (first + row.to(tl.int64))[:, None] * H + f
         mask = (row < live)[:, None]
         if j * TILE + TILE > H:
             mask &= f < H
@@ -321,8 +321,9 @@ def rnn_backward(
     if grad_h_n_ptr is not None:
         c = _load(grad_h_n_ptr, 0, 0, B, 0, H, 1, row, H, None, TILE, TILES, ACC)
 
+    stride_t = tl.cast(B, tl.int64) * H
     t, first, live = _visit(0, steps, steps_ptr, T, B, not REVERSE)
-    h = _load(out_ptr, t, first, live, B * H, H, 1, row, H, steps_ptr, TILE, TILES, ACC)
+    h = _load(out_ptr, t, first, live, stride_t, H, 1, row, H, steps_ptr, TILE, TILES, ACC)
     g = c
     if grad_out_ptr is not None:
         g = _load(grad_out_ptr, t, first, live, stride_gt, stride_gb, stride_gh, row, H, steps_ptr,
@@ -332,7 +333,7 @@ def rnn_backward(
         t_next, first_next, live_next = _visit(
             tl.minimum(s + 1, steps - 1), steps, steps_ptr, T, B, not REVERSE
         )
-        h_next = _load(out_ptr, t_next, first_next, live_next, B * H, H, 1, row, H, steps_ptr,
+        h_next = _load(out_ptr, t_next, first_next, live_next, stride_t, H, 1, row, H, steps_ptr,
                        TILE, TILES, ACC)  # fmt: skip
         g_next = g
         if grad_out_ptr is not None:

@@ -154,7 +154,7 @@ def fallback(target, code=USE, **environment):
         ("broken", "does not load"),
     ],
 )
-def test_without_the_extension_one_warning_says_why_and_the_reference_runs(
+def test_without_the_extension_one_warning_says_why_and_pytorchs_own_runs(
     copy_of_package, record, reason
 ):
     if record == "broken":
@@ -164,7 +164,7 @@ def test_without_the_extension_one_warning_says_why_and_the_reference_runs(
         (copy_of_package / "_build.json").write_text(json.dumps(record))
     run = fallback(copy_of_package)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "reference"
+    assert run.stdout.strip() == "torch"
     assert run.stderr.count("FallbackWarning") == 1
     assert reason in run.stderr
     assert "pip install --no-build-isolation" in run.stderr
@@ -201,6 +201,21 @@ def test_without_the_extension_the_warning_names_the_callers_line(copy_of_packag
     assert run.returncode == 0, run.stderr
     lines = re.findall(r"^(.*):(\d+): FallbackWarning", run.stderr, re.MULTILINE)
     assert lines == [(str(script), str(4 + 2 * i)) for i in range(len(uses))]
+
+
+def test_without_the_extension_the_reference_runs_what_pytorchs_own_does_worse(copy_of_package):
+    code = """
+import rnnfast, torch
+x = torch.ones(4, 2, 3)
+print(rnnfast.backends.select(x.bfloat16()), rnnfast.backends.select(x.half()))
+rnn = rnnfast.RNN(3, 5)
+many = torch.vmap(rnn)(torch.stack([x, x]))[0]
+torch.testing.assert_close(many[1], rnn(x)[0])
+torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+"""
+    run = fallback(copy_of_package, code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["reference", "reference"]
 
 
 def test_without_the_extension_importing_alone_is_silent(copy_of_package):

@@ -145,7 +145,7 @@ def test_only_want_of_time_is_forgiven_and_only_of_the_last_steps(tools, tmp_pat
 
 
 def test_it_finds_the_package_that_is_not_installed(tools):
-    """As on a machine that was lent: the build is in place, and nothing else was done."""
+    """As in a fresh checkout that was only built in place."""
     code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import gpu_check; print(sys.path[0])"
     run = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
@@ -164,6 +164,47 @@ def test_a_wrong_unit_is_no_time(tools):
         wrong[..., 63] = 0
         with pytest.raises(ArithmeticError, match=r"of nn\.RNN's"):
             timing.compare(cell, {"output": wrong}, theirs)
+
+
+def test_a_device_that_fails_for_good_costs_one_cell(tools, tmp_path, monkeypatch):
+    _, timing, report = tools
+    cells = timing.cells_of([(2, 4, 3, 16)], False)
+    file, anew, faulty = tmp_path / "grid.jsonl", [], [cells[2]]
+
+    def time_cell(cell, problem, contenders, write):
+        assert contenders == cell.work
+        if cell in faulty:
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda: 1 / 0)
+        else:
+            write(asdict(cell) | {"contender": "nn.RNN", "median_us": 1.0})
+
+    monkeypatch.setattr(timing, "time_cell", time_cell)
+    monkeypatch.setattr(timing, "problems", lambda cells, device: ((c, None) for c in cells))
+    monkeypatch.setattr(timing, "start_anew", anew.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    passes = [(cells[:2], lambda cell: cell.work), (cells[2:], lambda cell: cell.work)]
+    assert not timing.time_all(file, "cuda", passes, 0)
+    assert anew == [3]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not timing.time_all(file, "cuda", passes, anew[0])  # the fault is not forgotten
+    rows = report.read_rows(file)
+    assert [report.cell_of(row) for row in rows if "median_us" in row] == cells[:2] + cells[3:]
+    assert [report.cell_of(row) for row in rows if "error" in row] == faulty
+
+
+def test_the_toolkit_is_found_behind_a_script(tools, tmp_path, monkeypatch):
+    check, _, _ = tools
+    for file in ("toolkit/bin/nvcc", "toolkit/include/cuda_runtime_api.h", "bin/nvcc"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CUDA_HOME", "/chosen")
+    assert check.cuda_home() is None
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert check.cuda_home() != str(tmp_path)  # it has no headers
+    monkeypatch.setenv("PATH", str(tmp_path / "toolkit" / "bin"))
+    assert check.cuda_home() == str(tmp_path / "toolkit")
 
 
 def test_without_cuda_kernels_their_steps_are_skipped_by_name(tools, tmp_path):

@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import pack
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 
 import rnnfast
 
@@ -63,12 +63,12 @@ def check(model, file, cases):
     """The file's outputs are the model's; return how often each operator occurs."""
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     for args in cases:
-        feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), args, strict=True)}
+        feed = {i.name: x.cpu().numpy() for i, x in zip(session.get_inputs(), args, strict=True)}
         with torch.no_grad():
             expected = model(*args)
         for actual, y in zip(session.run(None, feed), expected, strict=True):
             assert actual.shape == y.shape
-            assert abs(actual - y.numpy()).max() < 1e-5
+            assert abs(actual - y.cpu().numpy()).max() < 1e-5
     graph = onnx.load_from_string(file.getvalue()).graph
     assert {node.domain for node in graph.node} == {""}
     return Counter(node.op_type for node in graph.node)
@@ -124,13 +124,13 @@ def test_a_cell_is_plain_operators(backend):
     args = (torch.randn(2, 3), torch.randn(2, 5))
     file = export(cell, args)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), args, strict=True)}
+    feed = {i.name: x.cpu().numpy() for i, x in zip(session.get_inputs(), args, strict=True)}
     (actual,) = session.run(None, feed)
-    assert abs(actual - cell(*args).detach().numpy()).max() < 1e-5
+    assert abs(actual - cell(*args).detach().cpu().numpy()).max() < 1e-5
 
 
 def test_packed_input_is_an_error_that_says_what_to_do(backend):
-    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2)])
+    packed = pack([torch.randn(n, 3) for n in (4, 2)])
 
     class Packed(nn.Module):
         def __init__(self):

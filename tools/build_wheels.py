@@ -237,9 +237,9 @@ def beside(other: Target, target: Target, python: Path, work: Path, log: Path) -
     if other.minor == target.minor and other.build == "cpu":  # it needs nothing of CUDA
         expected, runs = "", "cpu"
     elif other.minor == target.minor:
-        expected, runs = "the C++ extension was built for CUDA ", "reference"
+        expected, runs = "the C++ extension was built for CUDA ", "torch"
     else:
-        expected, runs = f"the C++ extension was built for torch {other.torch}", "reference"
+        expected, runs = f"the C++ extension was built for torch {other.torch}", "torch"
     told = [expected in warning for warning in found["warnings"]] == [True] * bool(expected)
     if not told or bool(found["error"]) != bool(expected) or found["runs"] != runs:
         raise Failed(f"{other.name} beside this torch: {found}")

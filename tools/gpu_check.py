@@ -110,6 +110,20 @@ def build_step(dry_run: bool) -> Step:
     return Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 200, variables)
 
 
+def cuda_home() -> str | None:
+    """The CUDA toolkit, where no variable names it: an nvcc on PATH may be a script, which torch,
+    that takes the folder above its own, would not see through.
+    """
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return None
+    nvcc = shutil.which("nvcc")
+    homes = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    for home in (*homes, Path("/usr/local/cuda")):
+        if all((home / file).exists() for file in ("bin/nvcc", "include/cuda_runtime_api.h")):
+            return str(home)
+    return None
+
+
 def why_no_cuda_kernels() -> str | None:
     """Why the build left the CUDA kernels out; None if it has them."""
     try:
@@ -146,6 +160,8 @@ def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
     """What is to be done on a GPU once the extension is built: is it right, then how fast."""
     python = sys.executable
     workers = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
+    if _has("pytest_timeout"):  # a kernel that never ends is named
+        workers += ["--timeout", "40", "--timeout-method", "thread"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "-m", "gpu"]
     me = [python, str(Path(__file__).resolve()), str(folder), "--step"]
     rest = [word for file in GPU_TESTS for word in ("--ignore", file)]
@@ -157,7 +173,7 @@ def gpu_steps(folder: Path, no_cuda: str | None) -> list[Step]:
         return Step(f"sine {backend}", command, 30, {"RNNFAST_BACKEND": backend}, skip)
 
     return [
-        Step("cuda tests", [*pytest, *GPU_TESTS[:2], "-k", "not triton"], 60, skip=no_cuda),
+        Step("cuda tests", [*pytest, *GPU_TESTS[:2], "-k", "not triton"], 90, skip=no_cuda),
         Step("triton tests", [*pytest, *GPU_TESTS[1:], "-k", "triton"], 80),
         Step("every variant", [*me, "variants"], 30, skip=no_cuda),
         Step("step latency", [*me, "latency"], 30, skip=no_cuda),
@@ -252,15 +268,16 @@ def variants(ops: Any, dry_run: bool) -> bool:
     return True
 
 
-def take(step: str, folder: Path, dry_run: bool, with_cuda: bool) -> bool:
+def take(step: str, folder: Path, dry_run: bool, with_cuda: bool, skip: int) -> bool:
     """Run one of the steps of this file; return whether it passed."""
-    sys.path.append(str(ROOT / "tests"))  # helpers and the emulation
+    sys.path.insert(1, str(ROOT / "tests"))  # helpers and the emulation
     ops = cuda_ops(dry_run) if with_cuda else None
     if step == "variants":
         return variants(ops, dry_run)
     if step == "latency":
         return gpu_timing.latency(folder, dry_run, ops)
-    return (gpu_timing.grid if step == "grid" else gpu_timing.rivals)(folder, dry_run, with_cuda)
+    timed = gpu_timing.grid if step == "grid" else gpu_timing.rivals
+    return timed(folder, dry_run, with_cuda, skip)
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -273,12 +290,12 @@ def results_of(folder: Path, dry_run: bool, steps: list[Step]) -> dict[str, Any]
 
     import rnnfast
 
-    commit = None
+    commit = os.environ.get("RNNFAST_COMMIT")  # of a copy without its history
     if shutil.which("git"):
         asked = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        commit = asked.stdout.strip() or None
+        commit = asked.stdout.strip() or commit
     latency = folder / "latency.json"
     return {
         "dry_run": dry_run,
@@ -287,7 +304,7 @@ def results_of(folder: Path, dry_run: bool, steps: list[Step]) -> dict[str, Any]
         "machine": platform.platform(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": None if dry_run else torch.backends.cudnn.version(),
         "triton": triton.__version__,
         "rnnfast": rnnfast.__version__,
         "commit": commit,
@@ -308,11 +325,13 @@ def main() -> None:
     parser.add_argument("--step", choices=("variants", "latency", "grid", "rivals"),
                         help="one step alone; variants: for compute-sanitizer")  # fmt: skip
     parser.add_argument("--without-cuda", action="store_true", help="Triton's kernels alone")
+    parser.add_argument("--skip", type=int, default=0, metavar="N",
+                        help="leave out a grid's first N cells, and add to its file")  # fmt: skip
     options = parser.parse_args()
     folder, dry_run = options.folder.resolve(), options.dry_run
     folder.mkdir(parents=True, exist_ok=True)
     if options.step:
-        sys.exit(not take(options.step, folder, dry_run, not options.without_cuda))
+        sys.exit(not take(options.step, folder, dry_run, not options.without_cuda, options.skip))
 
     needed = ("torch", "triton", "pytest", "hypothesis", "rich", "matplotlib")
     missing = [m for m in needed if not _has(m)]
@@ -325,6 +344,8 @@ def main() -> None:
             sys.exit("gpu_check: torch sees no GPU; --dry-run rehearses every step on the CPU")
     for name in ("results.json", "grid.jsonl", "rivals.jsonl", "latency.json"):
         (folder / name).unlink(missing_ok=True)
+    if not dry_run and (home := cuda_home()):
+        os.environ["CUDA_HOME"] = home
     until = time.monotonic() + TOTAL_SECONDS
     build = build_step(dry_run)
     build.run(folder, TOTAL_SECONDS)
@@ -338,6 +359,8 @@ def main() -> None:
         left = until - time.monotonic() - (0 if dry_run else kept)
         if left > 5:
             step.run(folder, left)
+        ended = {"steps": {s.name: s.outcome for s in (build, *steps)}}
+        (folder / "results.json").write_text(json.dumps(ended) + "\n")  # should this be cut off
     done = [build, *steps]
     results = results_of(folder, dry_run, done)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")

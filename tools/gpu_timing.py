@@ -14,6 +14,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -188,26 +189,46 @@ def host_times(entries: dict[str, Any]) -> dict[str, float]:
 Pass = tuple[list[Cell], Callable[[Cell], dict[str, Any]]]  # cells, and the contenders of each
 
 
-def time_all(file: Path, device: str, passes: list[Pass]) -> bool:
+def time_all(file: Path, device: str, passes: list[Pass], skip: int) -> bool:
     """Time the cells of one pass after the other into a file; return whether nothing failed."""
-    failed, n, total = [], 0, sum(len(cells) for cells, _ in passes)
-    with file.open("w") as rows:
+    import torch
+
+    todo = [(cell, contenders(cell)) for cells, contenders in passes for cell in cells]
+    n = skip
+    with file.open("a" if skip else "w") as rows:
 
         def write(row: dict[str, Any]) -> None:
             rows.write(json.dumps(row) + "\n")
             rows.flush()
             if "error" in row:
-                failed.append(row)
-                print(row)
+                print(row, flush=True)
 
-        for cells, contenders in passes:
-            for cell, problem in problems(cells, device):
+        try:
+            for cell, problem in problems([cell for cell, _ in todo[skip:]], device):
                 if n % 20 == 0:
-                    print(f"{n} of {total}", flush=True)
-                time_cell(cell, problem, contenders(cell), write)
+                    print(f"{n} of {len(todo)}", flush=True)
+                time_cell(cell, problem, todo[n][1], write)
+                if device == "cuda":
+                    torch.cuda.synchronize()  # once a kernel has failed, it raises for good
                 n += 1
-    print(f"{total} cells, {len(failed)} failures")
-    return not failed
+        except Exception as error:  # that, or there was no memory for the problem
+            if device != "cuda":
+                raise
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            write(asdict(todo[n][0]) | {"contender": "the device", "error": message})
+            start_anew(n + 1)
+    failures = sum('"error": ' in line for line in file.read_text().splitlines())
+    print(f"{len(todo)} cells, {failures} failures")
+    return not failures
+
+
+def start_anew(n: int) -> None:
+    """Go on with the n-th cell in a new process, as a kernel's fault ends all use of the device in
+    this one; and without the CUDA kernels, so that it does not end at every cell.
+    """
+    sys.stdout.flush()
+    anew = [sys.executable, *sys.argv, "--without-cuda", "--skip", str(n)]
+    os.execv(sys.executable, anew)
 
 
 def warm(cell: Cell) -> None:
@@ -220,27 +241,27 @@ def warm(cell: Cell) -> None:
             forced("triton")(problem, 1).call()
 
 
-def grid(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
-    """Time nn.RNN and our kernels over the grid, to grid.jsonl."""
+def grid(folder: Path, dry_run: bool, with_cuda: bool, skip: int) -> bool:
+    """Time nn.RNN and our kernels over the grid from a cell on, to grid.jsonl."""
     from benchmarks.contenders import forced, nn_rnn
 
     cells = grid_cells(dry_run)
-    if not dry_run:
+    if not dry_run and not skip:
         jobs = {replace(c, B=2, T=4) for c in cells if c.H <= 256 and c.work == "training"}
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
             pool.map_async(warm, jobs, chunksize=1).wait(40)
     theirs, triton = {"nn.RNN": nn_rnn}, {"rnnfast triton": forced("triton")}
     cuda = {"rnnfast cuda": forced("cuda")} if with_cuda else {}
     # Once Triton has been chosen every call of the ops enters Python, which these would show.
-    host_bound = [c for c in cells if with_cuda and c.T <= 10]
+    host_bound = [c for c in cells if c.T <= 10]
     passes: list[Pass] = [
         (host_bound, lambda cell: theirs | cuda),
         (cells, lambda cell: theirs | triton | ({} if cell in host_bound else cuda)),
     ]
-    return time_all(folder / "grid.jsonl", "cpu" if dry_run else "cuda", passes)
+    return time_all(folder / "grid.jsonl", "cpu" if dry_run else "cuda", passes, skip)
 
 
-def rivals(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
+def rivals(folder: Path, dry_run: bool, with_cuda: bool, skip: int) -> bool:
     """Time other packages' fused loops beside ours, to rivals.jsonl. What fails there is theirs."""
     from benchmarks.contenders import flashrnn_elman, forced, jax_scan, nn_rnn
 
@@ -252,7 +273,7 @@ def rivals(folder: Path, dry_run: bool, with_cuda: bool) -> bool:
     cells = cells_of(DRY_RIVALS if dry_run else RIVALS, False)
     cells = [c for c in cells if c.precision in peer]
     passes: list[Pass] = [(cells, lambda cell: contenders | peer[cell.precision])]
-    return time_all(folder / "rivals.jsonl", "cpu" if dry_run else "cuda", passes)
+    return time_all(folder / "rivals.jsonl", "cpu" if dry_run else "cuda", passes, skip)
 
 
 # ------------------------------------------------------------------------------- latency of a step
