@@ -120,30 +120,28 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
 }
 
 // A single step: nothing but the next panel has to be packed at a time, by the thread that uses it,
-// so that no weights travel from core to core. False where that would not share out the panels
-// evenly.
+// so that no weights travel from core to core.
 template <class T>
-bool forward_step_by_panels(const Steps& steps, const Direction& layer, Forward<T> f) {
-  const int64_t panels = panels_of<T>(f.hidden_size);
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (steps.walk.seq_len != 1 || (panels % threads != 0 && panels < 4 * threads)) return false;
+void forward_step(const Steps& steps, const Direction& layer, const Forward<T>& f) {
   const Packing<T> w_hh(layer.w_hh, true), w_ih(layer.w_ih, true);
-  const int64_t size = w_hh.size(1), size_ih = f.input_size > 0 ? w_ih.size(1) : 0;
-  const int64_t work = (steps.rows + 4) * (f.hidden_size + f.input_size) * w_hh.N / panels;
-  at::parallel_for(0, panels, kWorkPerThread / work + 1, [&](int64_t begin, int64_t end) {
-    Space<T> packed(size + size_ih);
-    Forward<T> panel = f;
-    for (int64_t p = begin; p < end; ++p) {
-      w_hh.pack(p, p + 1, packed.data());
-      panel.w_hh = packed.data() - p * size;  // where the loop looks for panel p
-      if (size_ih > 0) {
-        w_ih.pack(p, p + 1, packed.data() + size);
-        panel.w_ih = packed.data() + size - p * size_ih;
-      }
-      time_loop<T>().forward(panel, {.b0 = 0, .b1 = steps.walk.batch, .p0 = p, .p1 = p + 1});
-    }
-  });
-  return true;
+  const int64_t size = f.h0.data ? w_hh.size(1) : 0, size_ih = f.input_size > 0 ? w_ih.size(1) : 0;
+  const int64_t K = (f.h0.data ? f.hidden_size : 0) + f.input_size;
+  by_panels_or_rows<T>(
+      steps.rows, K, f.hidden_size, [&](int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
+        Space<T> packed(size + size_ih);
+        Forward<T> panel = f;
+        for (int64_t p = p0; p < p1; ++p) {
+          if (size > 0) {
+            w_hh.pack(p, p + 1, packed.data());
+            panel.w_hh = packed.data() - p * size;  // where the loop looks for panel p
+          }
+          if (size_ih > 0) {
+            w_ih.pack(p, p + 1, packed.data() + size);
+            panel.w_ih = packed.data() + size - p * size_ih;
+          }
+          time_loop<T>().forward(panel, {.b0 = b0, .b1 = b1, .p0 = p, .p1 = p + 1});
+        }
+      });
 }
 
 template <class T>
@@ -174,7 +172,7 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
     h0 = adjacent_features(*layer.hx);
     f.h0 = Rows<const T>{data_of<const T>(h0), 0, h0.stride(0)};
   }
-  if (forward_step_by_panels(steps, layer, f)) return;
+  if (steps.walk.seq_len == 1) return forward_step(steps, layer, f);
   Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
   T* space = packed.data();
   f.w_hh = pack_into(space, layer.w_hh, true);

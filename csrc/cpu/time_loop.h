@@ -190,7 +190,7 @@ struct TimeLoop {
   // Rows [m0, m1) of c. nullptr in bfloat16, whose rows would have to be paired first.
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
   void (*panel_product)(const PanelProduct<T>&);  // nullptr in bfloat16
-  void (*widen)(const Float16* from, int64_t n, float* to);  // nullptr but in float32
+  void (*widen)(const Float16* from, int64_t n, float* to);  // nullptr if T is not float
   int64_t outer_sum_numbers;  // the largest c for which the library is not faster, as measured
 };
 

@@ -157,8 +157,8 @@ RNNFAST_INLINE V<float> add_pairs(V<float> sum, V<float> x, V<float> w) {
 // sum_k x[k] w[k], whose lanes each take one k at a time, or a pair.
 template <class T>
 struct Product {
-  // Another k, or pair, in every lane; x[k] in all of them (`whole`: unless a row ends with the
-  // first of a pair, whose second then is zero).
+  // load: one k, or pair, per lane. broadcast: x[k] in all lanes (not `whole`: a row ends with half a
+  // pair, whose rest is zero).
   static RNNFAST_INLINE V<T> load(const T* x) { return RNNFAST_ISA::load(x); }
   static RNNFAST_INLINE V<T> load_part(const T* x, int n) { return RNNFAST_ISA::load_part(x, n); }
   static RNNFAST_INLINE V<T> broadcast(const T* x, bool whole) { return *x - V<T>{}; }
@@ -433,7 +433,7 @@ struct Block {
     constexpr int U = size >= 8 ? 1 : size >= 4 ? 2 : 4;
     const auto load_w = [&](int64_t k, int n) RNNFAST_LAMBDA_INLINE {
       const T* p = w.data + k * w.stride_k + (n / N) * w.stride_g + (n % N) * L<T> * pairing;
-      return whole || n < vectors - 1 || last == L<T> ? P::load(p) : P::load_part(p, last);
+      return whole || n < vectors - 1 ? P::load(p) : P::load_part(p, last);
     };
     V<T> part[U][M][vectors];
 #pragma GCC unroll 16

@@ -8,13 +8,6 @@
 #define RNNFAST_ISA avx2
 #define RNNFAST_VECTOR_BYTES 32
 #define RNNFAST_VECTOR_REGISTERS 16
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
 #pragma GCC target("avx2,fma,f16c")
-#endif
 #include "time_loop.inc.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

@@ -12,15 +12,8 @@
 #define RNNFAST_VECTOR_REGISTERS 32
 #if defined(RNNFAST_EMULATE_AVX512)
 #pragma GCC target("avx2,fma")
-#elif defined(__clang__)
-#pragma clang attribute push(                                                              \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
-    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
 #include "time_loop.inc.h"
-#if defined(__clang__) && !defined(RNNFAST_EMULATE_AVX512)
-#pragma clang attribute pop
-#endif
 #endif

@@ -108,17 +108,14 @@ bool outruns_library() {
 #endif
 }
 
-#if defined(__x86_64__)
 template <>
 const TimeLoop<BFloat16>& time_loop<BFloat16>() {
+#if defined(__x86_64__)
   return avx512_bf16::bf16;
-}
 #else
-template <>
-const TimeLoop<BFloat16>& time_loop<BFloat16>() {  // linked, but never called
-  static const TimeLoop<BFloat16> none{};
+  static const TimeLoop<BFloat16> none{};  // linked, but never called
   return none;
-}
 #endif
+}
 
 }  // namespace rnnfast::cpu
