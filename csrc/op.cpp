@@ -1,6 +1,6 @@
 // torch.ops.rnnfast.*: schemas, argument checks, autograd and autocast of the ops. Kernels register
-// themselves per device (cpu/rnn_layer_cpu.cpp); rnnfast/ops.py adds the fake kernels and the
-// double backward.
+// themselves per device (cpu/rnn_layer_cpu.cpp, cuda/rnn_layer_cuda.cpp, rnnfast/triton_layer.py);
+// rnnfast/ops.py adds the fake kernels and the double backward.
 //
 // The autograd nodes are written against torch::autograd::Node, not torch::autograd::Function:
 // functorch refuses the latter, and these cost less per call.
@@ -70,10 +70,10 @@ void check_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_
     const int64_t* n = sizes.const_data_ptr<int64_t>();
     int64_t rows = 0;
     for (int64_t t = 0; t < sizes.numel(); ++t) {
-      TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
+      TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]) &&
+                      !__builtin_add_overflow(rows, n[t], &rows),
                   "rnnfast: expected batch_sizes to be positive and never increasing, got ", n[t],
                   " at step ", t);
-      rows += n[t];
     }
     TORCH_CHECK(rows == input.size(0), "rnnfast: expected packed input of ", rows,
                 " rows, the sum of batch_sizes, got ", input.size(0));
@@ -203,8 +203,8 @@ OptionalTensor if_defined(Tensor x) {
   return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
 }
 
-// What the nodes have in common. `saved` are what they keep, in the order of the derived class's
-// enumeration; that at `output` is an output of the node's own function. A graph may be walked by
+// What the nodes have in common. `saved` is in the order of the derived class's enumeration;
+// saved[output] is an output of the node's own function. A graph may be walked by
 // several threads at once, so the derived class's `run` has the lock.
 struct SavingNode : torch::autograd::Node {
   std::array<SavedVariable, 8> saved;
@@ -365,6 +365,9 @@ SavedVariable keep_sizes(const OptionalTensor& x) {
   return SavedVariable(at::zeros({}, x->options()).expand_symint(x->sym_sizes()), false);
 }
 
+// Of a weight whose values no gradient will need: it may change, and is alive anyway.
+SavedVariable keep_apart(const Tensor& w) { return SavedVariable(w.variable_data(), false); }
+
 constexpr char kNoForwardMode[] =
     " has no forward-mode derivative; rnnfast.functional and the modules take the reference "
     "backend in forward mode";
@@ -388,16 +391,17 @@ Outputs rnn_layer_autograd(const Tensor& input, const OptionalTensor& hx, const 
   using Node = RnnLayerBackward;
   node->saved[Node::kInput] = w_ih.requires_grad() ? keep(input) : keep_sizes(input);
   node->saved[Node::kHx] = w_hh.requires_grad() ? keep(hx) : keep_sizes(hx);
-  node->saved[Node::kW_ih] = keep(w_ih);
-  node->saved[Node::kW_hh] = keep(w_hh);
+  // Of a single step h_n is the same, and is what a cell returns: nothing is kept for it alone.
+  const bool single = !batch_sizes && input.sym_size(0) == 1;
+  const bool comes_back = !single || (hx && hx->requires_grad());  // a gradient, through W_hh
+  node->saved[Node::kW_ih] = input.requires_grad() ? keep(w_ih) : keep_apart(w_ih);
+  node->saved[Node::kW_hh] = comes_back ? keep(w_hh) : keep_apart(w_hh);
   node->saved[Node::kBatchSizes] = keep(batch_sizes);
   node->output = Node::kOut;
   node->nonlinearity = std::string(nonlinearity);
   node->reverse = reverse;
   auto [out, h_n] = below();
   torch::autograd::set_history({out, h_n}, node);
-  // Of a single step h_n is the same, and is what a cell returns: nothing is kept for it alone.
-  const bool single = !batch_sizes && input.sym_size(0) == 1;
   node->saved[Node::kOut] = SavedVariable(single ? h_n : out, /*is_output=*/true);
   return {out, h_n};
 }
@@ -427,7 +431,9 @@ Outputs rnn_bidirectional_layer_autograd(const Tensor& input, const OptionalTens
   node->saved[Node::kHx] = w_hh ? keep(hx) : keep_sizes(hx);
   node->saved[Node::kBatchSizes] = keep(batch_sizes);
   for (int64_t i = 0; i < 4; ++i) {
-    node->saved[Node::kWeights + i] = keep(weights[i / 2 * n + i % 2]);
+    const Tensor& w = weights[i / 2 * n + i % 2];
+    const bool needed = i % 2 == 1 || input.requires_grad();
+    node->saved[Node::kWeights + i] = needed ? keep(w) : keep_apart(w);
   }
   node->per_direction = n;
   node->output = Node::kOut;

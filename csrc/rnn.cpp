@@ -30,6 +30,11 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
               "rnnfast: expected hx of 3 dimensions, the first ", states, ", got ", hx->sizes());
   const bool turned = batch_first && !batch_sizes;
   Tensor x = turned ? input.transpose(0, 1) : input;
+  // Copied once, as nn.RNN does: the kernels need adjacent features, forward and backward.
+  if (x.is_cpu() && x.dim() > 0 && x.stride(-1) != 1 && weights[0].requires_grad() &&
+      at::GradMode::is_enabled()) {
+    x = x.contiguous();
+  }
   std::vector<Tensor> final;  // states of each layer, [B, H] or [2, B, H]
   final.reserve(num_layers);
   for (int64_t layer = 0; layer < num_layers; ++layer) {

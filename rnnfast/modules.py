@@ -40,6 +40,7 @@ class RNN(nn.RNNBase):
         bias: whether the layers have ``b_ih`` and ``b_hh``. Default: True.
         batch_first: input and output are ``[B, T, *]`` instead of ``[T, B, *]``. Default: False.
         dropout: probability of dropout on the outputs of every layer but the last, in training.
+            Default: 0.
         bidirectional: whether every layer has a reverse direction too. Default: False.
         device: of the parameters.
         dtype: of the parameters: any floating dtype; bfloat16 and float16 sum in float32.
@@ -47,6 +48,7 @@ class RNN(nn.RNNBase):
     Inputs:
         ``input`` of ``[T, B, I]``, ``[B, T, I]``, unbatched ``[T, I]``, or a PackedSequence;
         ``hx`` of ``[D * num_layers, B, H]`` (unbatched ``[D * num_layers, H]``), zeros if absent.
+        ``T`` steps, ``B`` sequences; ``D`` is 2 if bidirectional, else 1.
 
     Outputs:
         ``output`` of ``[T, B, D * H]`` in the layout of the input, and ``h_n`` like ``hx``.
@@ -87,12 +89,12 @@ class RNN(nn.RNNBase):
             args = args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if nonlinearity not in tuple(_MODES):  # what cannot be a key is as unknown as another name
+        if nonlinearity not in tuple(_MODES):  # a tuple: the value may be unhashable
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
             )
+        self.nonlinearity = nonlinearity  # before reset_parameters, which may ask for it
         super().__init__(_MODES[nonlinearity], *args, **kwargs)
-        self.nonlinearity = nonlinearity
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
@@ -106,7 +108,6 @@ class RNN(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the RNN; shapes and errors are those of the class."""
-        self._refresh_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -144,14 +145,15 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        weights = self._current_weights()
         nonlinearity = _NONLINEARITIES.get(self.mode)
         if nonlinearity is None:
             raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         try:
             backend = backends.select(input, self.hidden_size, batch_sizes is not None)
             if functional.takes_whole_calls(backend):
-                arguments: tuple[Any, ...] = (input, hx, self._flat_weights, batch_sizes)
-                # Each costs a seventieth of a small call, so none that is the op's default.
+                arguments: tuple[Any, ...] = (input, hx, weights, batch_sizes)
+                # Each argument costs 1.4 % of a small call: the op's defaults are left out.
                 if (
                     nonlinearity != "tanh" or self.num_layers != 1 or not self.bias
                     or self.bidirectional or self.batch_first
@@ -161,43 +163,53 @@ class RNN(nn.RNNBase):
                         self.dropout if self.training else 0.0, self.bidirectional,
                         self.batch_first,
                     )  # fmt: skip
-                # functional.rnn would call the same op, a layer of Python later: a tenth of a call.
+                # functional.rnn calls the same op, with 10 % of a small call on the way.
                 return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
         except RuntimeError:
-            # The op refuses all that nn.RNN refuses, so its checks, another tenth, are asked only
-            # now, for its words.
-            _say(self._check, input, hx, batch_sizes)
+            # The op refuses all that nn.RNN does; nn.RNN's checks (10 % of a small call) run only
+            # now, for their messages.
+            _say(self._check, input, hx, weights, batch_sizes)
             raise
-        self._check(input, hx, batch_sizes)
+        self._check(input, hx, weights, batch_sizes)
         return functional.rnn(
-            input, hx, self._flat_weights,  # type: ignore[arg-type]
+            input, hx, weights,  # type: ignore[arg-type]
             batch_sizes, nonlinearity, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, self.batch_first,
         )  # fmt: skip
 
-    def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> None:
+    def _check(
+        self,
+        input: Tensor,
+        hx: Tensor | None,
+        weights: list[Tensor | None],
+        batch_sizes: Tensor | None,
+    ) -> None:
         """Raise nn.RNN's errors."""
-        for i, weight in enumerate(self._flat_weights):
-            if weight is None and i:  # the first is asked for its dtype, where nn.RNN fails too
+        for i, weight in enumerate(weights):
+            if weight is None and i:  # the first fails where its dtype is read, as in nn.RNN
                 raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:
             self.check_forward_args(input, hx, batch_sizes)
 
-    def _refresh_flat_weights(self) -> None:
-        """Make ``_flat_weights`` the current weights, as nn.RNN does before each call.
+    def _current_weights(self) -> list[Tensor | None]:
+        """``_flat_weights``, made the current weights as nn.RNN does before each call.
 
         Its check reads every weight through ``getattr``, which costs as much as a small call; so
-        it is asked only where a weight is not the parameter that it was.
+        it is asked only where a weight is not the parameter that it was. A compiled graph leaves
+        none on the module: those of a transform (``grad`` of ``functional_call``) end with it.
         """
+        if torch.compiler.is_compiling():
+            return [getattr(self, name, None) for name in self._flat_weights_names]
         current = map(self._parameters.get, self._flat_weights_names)
         if not all(map(is_, current, self._flat_weights)):
             self._update_flat_weights()
+        return self._flat_weights
 
 
 def _say(check: Callable[..., None], *arguments: Any) -> None:
-    """Raise what a check has to say, alone: not "during handling of" the error before it."""
+    """Raise a check's own error, not chained to the one that is being handled."""
     try:
         check(*arguments)
     except Exception as error:
@@ -229,7 +241,7 @@ class RNNCell(nn.RNNCell):
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
-        try:  # the dictionary itself: each __getattr__ costs a twentieth of a small call
+        try:  # from the dictionary: each __getattr__ costs 5 % of a small call
             weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
         except KeyError:  # parametrized
             weights = [getattr(self, name) for name in _CELL_WEIGHTS]

@@ -105,7 +105,7 @@ def _backward_flops(
 ) -> int:
     needs_input, needs_hx, needs_w_ih, needs_w_hh, _ = rest[-1]
     input_size, hidden_size, rows = w_ih[1], w_hh[0], math.prod(input[:-1])
-    # The first step's state is asked for, the others' gradients are what the recurrence is.
+    # Only the initial state's gradient is optional; the others are the recurrence.
     batch = input[1] if len(input) == 3 else (grad_h_n or hx or [0])[0]
     recurrence = hidden_size * (rows if needs_hx else rows - batch)
     asked_for = rows * (input_size * (needs_input + needs_w_ih) + hidden_size * needs_w_hh)

@@ -60,6 +60,16 @@ def check_layer(
             f"{list(w_ih.shape)} and {list(w_hh.shape)}"
         )
     input_size, hidden_size = input.shape[-1], w_hh.shape[0]
+    if input_size == 0 or hidden_size == 0:
+        raise RuntimeError(
+            "rnnfast: input_size and hidden_size must be greater than zero, got "
+            f"{input_size} and {hidden_size}"
+        )
+    if batch_sizes is not None and (batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1):
+        raise RuntimeError(
+            "rnnfast: expected batch_sizes to be a contiguous 1-D int64 tensor on the CPU, got "
+            f"{list(batch_sizes.shape)} of {batch_sizes.dtype} on {batch_sizes.device}"
+        )
     if batch_sizes is None and input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     expected: list[tuple[str, Tensor | None, list[int]]] = [

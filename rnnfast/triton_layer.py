@@ -96,7 +96,7 @@ _Asked = TypeVar("_Asked", bound=Callable[..., Any])
 
 
 def constant_in_a_graph(question: _Asked) -> _Asked:
-    """For torch.compile, whose traces can neither read flags nor ask C++ or the driver.
+    """Make the answer a constant in torch.compile's graphs, which cannot ask for it.
 
     In a function of its own, because Dynamo warns of each cached function that it meets.
     """

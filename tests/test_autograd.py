@@ -136,6 +136,48 @@ def test_what_no_gradient_needs_may_change(modules):
         assert_same(ours, theirs, 4, 8)
 
 
+def test_weights_that_no_gradient_needs_may_change(modules):
+    """W_ih is for the input's gradient alone: an optimizer may step before the backward."""
+    results = []
+    for module in modules[:2]:
+        output, _ = module(modules[2])
+        with torch.no_grad():
+            module.weight_ih_l0.mul_(0.5)
+        output.square().sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    for ours, theirs in zip(*results[::-1], strict=True):
+        assert_same(ours, theirs, 4, 8)
+
+
+def test_a_cells_weights_that_no_gradient_needs_may_change(backend):
+    results = []
+    x, h = torch.randn(2, 3), torch.randn(2, 5)
+    for cell in cells():
+        optimizer = torch.optim.SGD(cell.parameters(), lr=0.1)
+        losses = [cell(x).sum(), cell(x, h).square().sum()]
+        for loss in losses:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append([p.detach() for p in cell.parameters()])
+    for ours, theirs in zip(*results[::-1], strict=True):
+        assert_same(ours, theirs, 2, 8)
+
+
+def test_weights_that_a_gradient_needs_may_not_change(backend):
+    """Not even by mistake: the error is PyTorch's own."""
+    x, h = torch.randn(4, 2, 3), torch.randn(1, 2, 5)
+    for name, leaf, steps in (("ih", x, 1), ("hh", h, 1), ("hh", None, 4)):
+        rnn = rnnfast.RNN(3, 5)
+        for tensor in (x, h):
+            tensor.requires_grad_(tensor is leaf)
+        output, _ = rnn(x[:steps], h)
+        with torch.no_grad():
+            getattr(rnn, f"weight_{name}_l0").mul_(0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_frozen_weights_do_not_keep_the_input(compiled):
     kept = []
     module = rnnfast.RNN(3, 5)

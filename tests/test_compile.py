@@ -12,6 +12,7 @@ from helpers import assert_same, pair, ramp
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.func import functional_call, grad, stack_module_state
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import rnnfast
@@ -241,6 +242,25 @@ def test_vmap_in_a_graph(compiled):
     call = torch.vmap(lambda x: ours(x)[0])
     x = torch.randn(6, 4, 2, 3)
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+def test_transforms_over_the_parameters_in_a_graph(backend):
+    """Their weights end with the transform, so that a graph may not leave them on the module."""
+    models, x = [rnnfast.RNN(3, 5) for _ in range(3)], torch.randn(4, 2, 3)
+
+    def output(parameters, x):
+        return functional_call(models[0], parameters, (x,))[0]
+
+    def loss(parameters, x):
+        return output(parameters, x.unsqueeze(1)).square().sum()
+
+    many, _ = stack_module_state(models)
+    one = {name: p.detach() for name, p in models[0].named_parameters()}
+    ensemble = torch.vmap(output, in_dims=(0, None))
+    per_sample = torch.vmap(grad(loss), in_dims=(None, 1))
+    for function, parameters in ((ensemble, many), (per_sample, one)):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(parameters, x), function(parameters, x))
 
 
 def test_nn_rnn_cannot_be_compiled_as_one_graph():

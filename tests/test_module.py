@@ -74,6 +74,21 @@ def test_bad_constructor_arguments_raise_what_nn_rnn_raises(args, kwargs):
     assert str(ours.value) == str(theirs.value)
 
 
+def test_a_subclass_initialises_by_its_nonlinearity():
+    def of(base):
+        class Own(base):
+            def reset_parameters(self):
+                bound = nn.init.calculate_gain(self.nonlinearity) / self.hidden_size
+                for p in self.parameters():
+                    nn.init.uniform_(p, -bound, bound)
+
+        torch.manual_seed(3)
+        return Own(3, 5, nonlinearity="relu")
+
+    for ours, theirs in zip(of(rnnfast.RNN).parameters(), of(nn.RNN).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_dropout_with_one_layer_warns():
     with pytest.warns(UserWarning, match="dropout option adds dropout"):
         rnnfast.RNN(3, 5, dropout=0.5)

@@ -180,6 +180,18 @@ BAD = {
         lambda a: [a[0][0], *a[1:6], torch.tensor([], dtype=torch.long), *a[7:]],
         "sequence length to be larger than 0",
     ),
+    "no features": (
+        lambda a: [a[0][..., :0], a[1], a[2][:, :0], *a[3:]],
+        "greater than zero, got 0 and 5",
+    ),
+    "dtype of batch_sizes": (
+        lambda a: [a[0][0], *a[1:6], torch.tensor([2, 1], dtype=torch.int32), *a[7:]],
+        r"batch_sizes to be .* int64 .*got \[2\] of (?i:.*int)",
+    ),
+    "rows beyond int64": (  # which sum up to 5
+        lambda a: [a[0].flatten(0, 1)[:5], *a[1:6], 2**62 + torch.tensor([2, 1, 1, 1]), *a[7:]],
+        "rnnfast: expected .*got",
+    ),
     "packed hx": (
         lambda a: [a[0][0], a[1], *a[2:6], torch.tensor([2, 1]), *a[7:]],
         r"hx.*\[2, 5\].*\[3, 5\]",
