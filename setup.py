@@ -1,18 +1,18 @@
 """Builds rnnfast. What is built, and under which environment variables:
 
   pip install --no-build-isolation .      the package and its C++ extension rnnfast._C, against the
-                                          torch that is installed (isolation would fetch another);
+                                          torch that is installed (an isolated build has none);
                                           with the CUDA kernels if that torch is a CUDA build, a GPU
                                           is visible and CUDA_HOME (or PATH) leads to nvcc
   FORCE_CUDA=1                            the CUDA kernels though no GPU is visible; FORCE_CUDA=0:
                                           never
   TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: 8.0;9.0a;10.0+PTX if not set
-  RNNFAST_WHEEL=1                         a wheel to hand out: its version says which torch and CUDA
-                                          it is for, such as 0.1.0+pt213cu130, and it requires that
-                                          torch. So does FORCE_CUDA=1. A failed build is an error
+  RNNFAST_WHEEL=1                         a wheel to distribute: its version names torch and CUDA,
+                                          such as 0.1.0+pt213cu130, and it requires that torch. So
+                                          does FORCE_CUDA=1. A failed build is an error
   RNNFAST_REQUIRE_EXT=1                   a build without the extension is an error; otherwise a
                                           missing compiler or torch gives one sentence and a working
-                                          pure-PyTorch install
+                                          install without kernels
   RNNFAST_SANITIZE=1                      AddressSanitizer and UBSan (see CONTRIBUTING.md); on a GPU
                                           a barrier between blocks ends the kernel if it waits long
   MAX_JOBS=N                              parallel compiler processes
@@ -25,6 +25,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -144,7 +145,7 @@ def build_ext_class(against_cuda: str | None, required: bool) -> type:
                     vars(self.extensions[0]).update(vars(extension(cuda=False)))
                     return self.build(why)
                 why = f"the C++ extension could not be compiled ({one_line(error)})"
-                print(f"rnnfast: {why}; installing the pure-PyTorch fallback.", file=sys.stderr)
+                print(f"rnnfast: {why}; installing without the kernels.", file=sys.stderr)
                 return {"extension": False, "error": why}
             if against_cuda is None:
                 return {"cuda": torch.version.cuda, "cuda_arch_list": arch_list()}
@@ -167,6 +168,10 @@ def build_ext_class(against_cuda: str | None, required: bool) -> type:
             if shutil.which(compiler) is None:
                 why = f"no C++ compiler: {compiler} was not found; install g++ or set CXX"
                 raise RuntimeError(why)
+            asked = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+            if "clang" in asked.stdout:  # it would load with an unresolved symbol, or a second pool
+                why = f"{compiler} is clang, whose OpenMP torch does not carry; set CXX=g++"
+                raise RuntimeError(why)
 
         def get_outputs(self) -> list[str]:
             package = Path(self.build_lib) / "rnnfast"
@@ -185,7 +190,7 @@ torch_requirement = "torch>=2.11"
 if torch is None:
     if flag("RNNFAST_REQUIRE_EXT") or flag("RNNFAST_WHEEL"):
         raise SystemExit(f"rnnfast: {no_torch}")
-    print(f"rnnfast: {no_torch}; installing the pure-PyTorch fallback.", file=sys.stderr)
+    print(f"rnnfast: {no_torch}; installing without the kernels.", file=sys.stderr)
     extensions, commands = [], {}
 else:
     against_cuda = reason_against_cuda()
@@ -205,5 +210,5 @@ setup(
     ext_modules=extensions,
     cmdclass=commands,
     options=options,
-    install_requires=[torch_requirement, "numpy"],
+    install_requires=[torch_requirement, "numpy"],  # torch warns where there is no numpy
 )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def source(tmp_path):
     if not (SOURCE / "setup.py").exists():
         pytest.skip("needs the source tree")
     pytest.importorskip("setuptools")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(SOURCE / name, tmp_path)
     for name in ("csrc", "rnnfast"):
         ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
@@ -50,7 +51,7 @@ def test_a_missing_compiler_gives_one_sentence_and_a_working_install(source):
     said = [line for line in run.stderr.splitlines() if line.startswith("rnnfast:")]
     assert len(said) == 1
     assert "no C++ compiler: /nonexistent/c++ was not found" in said[0]
-    assert "pure-PyTorch fallback" in said[0]
+    assert "installing without the kernels" in said[0]
     package = built(source)
     assert not list(package.glob("*.so"))
     record = json.loads((package / "_build.json").read_text())
@@ -68,6 +69,16 @@ def test_a_missing_compiler_gives_one_sentence_and_a_working_install(source):
     assert "no C++ compiler" in used.stderr
 
 
+def test_clang_is_refused_in_one_sentence(source):
+    compiler = source / "c++"
+    compiler.write_text("#!/bin/sh\necho clang version 14.0.6\n")
+    compiler.chmod(0o755)
+    run = build(source, CXX=str(compiler))
+    assert run.returncode == 0, run.stderr
+    (said,) = (line for line in run.stderr.splitlines() if line.startswith("rnnfast:"))
+    assert f"{compiler} is clang" in said
+
+
 def test_a_required_extension_that_cannot_be_built_is_an_error(source):
     run = build(source, CXX="/nonexistent/c++", CC="/nonexistent/cc", RNNFAST_REQUIRE_EXT="1")
     assert run.returncode != 0
@@ -82,6 +93,21 @@ def test_a_missing_torch_gives_one_sentence_and_a_working_install(source):
     assert "install torch first" in said[0]
     assert list(built(source).glob("modules.py"))
     assert build(source, PYTHONPATH=str(source), RNNFAST_REQUIRE_EXT="1").returncode != 0
+
+
+def test_a_source_distribution_has_all_that_is_compiled(source):
+    """Without torch, as in an isolated build, setup.py names no source."""
+    (source / "torch.py").write_text("raise ImportError('hidden by the test')\n")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(source), "RNNFAST_REQUIRE_EXT": "0"},
+    )  # fmt: skip
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        found = {name.partition("/")[2] for name in files.getnames()}
+    for folder in ("csrc", "rnnfast"):
+        paths = (p for p in (source / folder).rglob("*") if p.is_file())
+        assert {str(p.relative_to(source)) for p in paths} <= found
 
 
 # ------------------------------------------------------------------------- CUDA, and wheels' names
