@@ -3,8 +3,8 @@
     python examples/names.py
 
 The words are letters' names in eight scripts, from the Unicode database of the standard library
-("algiz eolhx" is Runic, "kaph medial" Arabic); a fifth of them is held out. Both contenders start
-from the same seed and take their epochs in turn; an epoch is one step on the whole batch.
+("ALGIZ EOLHX" is Runic, "BEH MEDIAL FORM" Arabic); a fifth of them is held out. Both contenders
+start from the same seed and take their epochs in turn; an epoch is one step on the whole batch.
 """
 
 import argparse

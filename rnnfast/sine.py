@@ -154,7 +154,7 @@ def plot(runs: Sequence[Run], windows: str, dtype: torch.dtype, device: str, fil
     try:
         import matplotlib
     except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'rnnfast[demo]'")
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from rich.console import Console
     except ImportError:
-        sys.exit("rnnfast.sine needs rich, and matplotlib for --plot: pip install 'rnnfast[demo]'")
+        sys.exit("rnnfast.sine needs rich, and matplotlib for --plot: pip install rich matplotlib")
     console = Console(highlight=False)
     dtype: torch.dtype = getattr(torch, options.dtype)
     runs = train(options.windows, options.epochs, options.seed, dtype, options.device, console)

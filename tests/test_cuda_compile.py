@@ -1,5 +1,6 @@
-"""Every CUDA kernel compiled by nvcc alone, on any machine that has it: one that spills, or takes
-more registers than a block may, fails here. Minutes of work, so only if RNNFAST_REQUIRE_NVCC=1."""
+"""Every CUDA kernel compiled by nvcc alone, on any machine that has it: one that spills more than
+is listed here, or takes more registers than a block may, fails. Minutes of work, so only if
+RNNFAST_REQUIRE_NVCC=1."""
 
 import itertools
 import os

@@ -419,11 +419,8 @@ def test_dropout_draws_the_masks_of_nn_rnn(backend, batch_first, bidirectional):
         3, 20, 3, dropout=0.4, batch_first=batch_first, bidirectional=bidirectional, dtype=f64
     )
     x = torch.randn(4, 7, 3, dtype=f64)
-    packed = (
-        pack_padded_sequence(x, [4, 3, 3, 1] if batch_first else [4, 3, 3, 2, 2, 1, 1], batch_first)
-        if not batch_first
-        else pack_padded_sequence(x, [7, 5, 5, 2], True)
-    )
+    lengths = [7, 5, 5, 2] if batch_first else [4, 3, 3, 2, 2, 1, 1]
+    packed = pack_padded_sequence(x, lengths, batch_first)
     for y in (x, packed):
         torch.manual_seed(11)
         expected = theirs(y)

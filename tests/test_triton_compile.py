@@ -1,5 +1,5 @@
 """Every configuration of the Triton kernels compiled ahead of time for sm_80 and sm_90, on any
-machine: one that could not be launched on such a card, or spills, fails here."""
+machine: one that could not be launched on such a card, or spills more than is listed, fails."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """Writes csrc/cpu/tanh_table.h: `python tools/tanh_table.py > csrc/cpu/tanh_table.h`.
 
-tanh(a) for a >= 0 as c0 + d (c1 + d (c2 + ...)), d = a - center, in 32 intervals, which a float's
-exponent and first two bits behind the point tell apart: four to an octave, from 1/16 to 16. The
+tanh(a) for a >= 0 as c0 + d (c1 + d (c2 + ...)), d = a - center, in 32 intervals, chosen by a
+float's exponent and first two mantissa bits: four to an octave, from 1/16 to 16. The
 first one reaches down to 0, where center and c0 are 0, so that small results keep their relative
 accuracy. In the others the center is a float near the middle whose tanh is, by luck, almost a float
 too: c0 then is as good as exact (S. Gal, "An accurate elementary mathematical library for the IEEE

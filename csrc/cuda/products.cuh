@@ -30,7 +30,7 @@ __device__ auto matrix_element(const Number* w_hh, int H, bool transposed, int k
 // The matrix is the left operand, 16 units by K terms, so that the few rows are the narrow side: 8.
 // A 16-bit state is the sum of two operands, high and low, as a float32 state rounded to one of
 // them would lose half of its digits: 2^-18 is lost in bf16, 2^-22 in f16. The low one of f16 is
-// scaled, lest it be lost below the smallest f16.
+// scaled, so that it does not underflow.
 //
 // Which term is which within a fragment does not matter as long as both operands agree. So a lane
 // takes the terms of two steps from 16 adjacent bytes of the state, in one load.

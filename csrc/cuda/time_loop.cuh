@@ -400,8 +400,7 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
         send(copy ^ 1, tile, rows_of(tile));
         const bool last = tile + 1 == tiles;
         if (last) arrive();
-        // What nobody waits for. A packed batch's table is read here too, lest a product wait for
-        // it.
+        // Nobody waits for these. A packed batch's table is read here too, off the product's path.
         Number* const to = static_cast<Number*>(BACKWARD ? p.dz : p.out);
         for_each_item([&](int j, int row, int unit) {
           const int64_t b = tile_row + row;

@@ -49,7 +49,7 @@ struct Layer {
   void* dz = nullptr;              // storage, as out
   void* grad_hx = nullptr;         // storage [B, H], contiguous, or null
 
-  void* workspace = nullptr;  // Plan::workspace bytes, zeros; null if that is 0
+  void* workspace = nullptr;  // Plan::workspace bytes, zeroed by launch(); null if that is 0
 };
 
 struct Variant;  // one compiled kernel pair; see variants.h
