@@ -1,6 +1,8 @@
 """torch.ops.rnnfast.*: the compiled kernels below the modules."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import rnnfast
 
 pytestmark = pytest.mark.usefixtures("compiled")
 f64 = torch.float64
+TANH_TABLE = Path(__file__).parents[1] / "tools/tanh_table.py"
 
 
 def layer(T, B, I, H, dtype=f64, requires_grad=False):
@@ -394,6 +397,24 @@ def test_tanh_of_special_values_is_that_of_torch(dtype):
         assert torch.equal(
             torch.signbit(y), torch.signbit(x) & ~y.isnan() | torch.signbit(y) & y.isnan()
         )
+
+
+@pytest.mark.skipif(not TANH_TABLE.exists(), reason="needs tools/, the source tree")
+def test_tanh_table_is_what_its_tool_writes():
+    """Centers and c0 to the bit; the fitted coefficients, whose last digits are the linear algebra
+    library's, to a tenth of an ulp of 1 in what they add within an interval."""
+    spec = importlib.util.spec_from_file_location("tanh_table", TANH_TABLE)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    header = (TANH_TABLE.parents[1] / "csrc/cpu/tanh_table.h").read_text()
+    rows = re.findall(r"^ +\{(.*)\},$", header, re.MULTILINE)
+    written = torch.tensor([[float(x.rstrip("f")) for x in row.split(", ")] for row in rows])
+    computed = torch.from_numpy(tool.table())
+    assert torch.equal(written[:2], computed[:2])
+    half_width = computed[0].double().clamp(min=5 / 64) / 8
+    powers = half_width ** torch.arange(1, tool.DEGREE + 1).unsqueeze(1)
+    added = (written[2:].double() - computed[2:].double()) * powers
+    assert (added.abs().sum(0) <= 2**-24 / 10 * computed[1].double().clamp(min=5 / 64)).all()
 
 
 def test_every_float16_is_read_as_it_is():

@@ -1,9 +1,6 @@
 """Optimisers, mixed precision, and the tools that look into a model: they see what they expect."""
 
 import copy
-import importlib.util
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-
-TANH_TABLE = Path(__file__).parents[1] / "tools/tanh_table.py"
 
 
 def loss_of(module, *args):
@@ -180,21 +175,3 @@ def test_results_of_the_op_do_not_alias(compiled):
             out.zero_()
             assert torch.equal(h_n, kept)
             assert torch.equal(x, before)
-
-
-@pytest.mark.skipif(not TANH_TABLE.exists(), reason="needs tools/, the source tree")
-def test_tanh_table_is_what_its_tool_writes():
-    """Centers and c0 to the bit; the fitted coefficients, whose last digits are the linear algebra
-    library's, to a tenth of an ulp of 1 in what they add within an interval."""
-    spec = importlib.util.spec_from_file_location("tanh_table", TANH_TABLE)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    header = (TANH_TABLE.parents[1] / "csrc/cpu/tanh_table.h").read_text()
-    rows = re.findall(r"^ +\{(.*)\},$", header, re.MULTILINE)
-    written = torch.tensor([[float(x.rstrip("f")) for x in row.split(", ")] for row in rows])
-    computed = torch.from_numpy(tool.table())
-    assert torch.equal(written[:2], computed[:2])
-    half_width = computed[0].double().clamp(min=5 / 64) / 8
-    powers = half_width ** torch.arange(1, tool.DEGREE + 1).unsqueeze(1)
-    added = (written[2:].double() - computed[2:].double()) * powers
-    assert (added.abs().sum(0) <= 2**-24 / 10 * computed[1].double().clamp(min=5 / 64)).all()
