@@ -244,6 +244,7 @@ def test_vmap_in_a_graph(compiled):
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", TRITON], indirect=True)
 def test_transforms_over_the_parameters_in_a_graph(backend):
     """Their weights end with the transform, so that a graph may not leave them on the module."""
     models, x = [rnnfast.RNN(3, 5) for _ in range(3)], torch.randn(4, 2, 3)
