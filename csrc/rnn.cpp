@@ -31,8 +31,8 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
   const bool turned = batch_first && !batch_sizes;
   Tensor x = turned ? input.transpose(0, 1) : input;
   // Copied once, as nn.RNN does: the kernels need adjacent features, forward and backward.
-  if (x.is_cpu() && x.dim() > 0 && x.stride(-1) != 1 && weights[0].requires_grad() &&
-      at::GradMode::is_enabled()) {
+  if (x.is_cpu() && x.dim() > 0 && x.stride(-1) != 1 && x.size(-1) > 1 &&
+      weights[0].requires_grad() && at::GradMode::is_enabled()) {
     x = x.contiguous();
   }
   std::vector<Tensor> final;  // states of each layer, [B, H] or [2, B, H]

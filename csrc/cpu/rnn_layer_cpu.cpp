@@ -125,7 +125,8 @@ template <class T>
 void forward_step(const Steps& steps, const Direction& layer, const Forward<T>& f) {
   const Packing<T> w_hh(layer.w_hh, true), w_ih(layer.w_ih, true);
   const int64_t size = f.h0.data ? w_hh.size(1) : 0, size_ih = f.input_size > 0 ? w_ih.size(1) : 0;
-  const int64_t K = (f.h0.data ? f.hidden_size : 0) + f.input_size;
+  constexpr int64_t kActivation = 16;  // of a number, in multiply-adds
+  const int64_t K = (f.h0.data ? f.hidden_size : 0) + f.input_size + kActivation;
   by_panels_or_rows<T>(
       steps.rows, K, f.hidden_size, [&](int64_t p0, int64_t p1, int64_t b0, int64_t b1) {
         Space<T> packed(size + size_ih);
