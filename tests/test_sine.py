@@ -49,7 +49,7 @@ def test_the_model_and_its_data_need_no_rich():
     assert run.stdout == "torch.Size([190, 1])\n"
     assert (run.returncode, run.stderr) == (
         1,
-        "rnnfast.sine needs rich, and matplotlib for --plot: pip install 'rnnfast[demo]'\n",
+        "rnnfast.sine needs rich, and matplotlib for --plot: pip install rich matplotlib\n",
     )
 
 
