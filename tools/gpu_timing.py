@@ -253,6 +253,7 @@ def grid(folder: Path, dry_run: bool, with_cuda: bool, skip: int) -> bool:
     theirs, triton = {"nn.RNN": nn_rnn}, {"rnnfast triton": forced("triton")}
     cuda = {"rnnfast cuda": forced("cuda")} if with_cuda else {}
     # Once Triton has been chosen every call of the ops enters Python, which these would show.
+    # Without CUDA too, so that cells keep their numbers where start_anew goes on.
     host_bound = [c for c in cells if c.T <= 10]
     passes: list[Pass] = [
         (host_bound, lambda cell: theirs | cuda),
