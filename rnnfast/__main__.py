@@ -53,11 +53,12 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_kernels() -> str | None:
-    """The instruction set of the C++ kernels that run here."""
+    """The instruction sets of the C++ kernels that run here."""
     if backends.extension_error is not None:
         return None
-    products = " with bfloat16 products" if torch.ops.rnnfast._cpu_bfloat16_products() else ""
-    return f"{torch.ops.rnnfast._cpu_instruction_set()}{products}"
+    products: str = torch.ops.rnnfast._cpu_bfloat16_products()
+    instruction_set: str = torch.ops.rnnfast._cpu_instruction_set()
+    return f"{instruction_set} and {products}" if products else instruction_set
 
 
 def _cpu(found: dict[str, Any]) -> str:

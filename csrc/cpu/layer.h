@@ -68,11 +68,34 @@ inline Tensor zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
 
 // ----------------------------------------------------------------------------------------- steps
 
+template <class T>
+int64_t panels_of(int64_t H) {
+  const int64_t columns = time_loop<T>().panel_columns;
+  return (H + columns - 1) / columns;
+}
+
 // Multiply-adds. Below so many in all, a second thread costs more (about 4 us to wake) than it
 // brings; below so many a step, meeting at its end (about 0.2 us) does.
 inline constexpr int64_t kWorkPerThread = 200'000, kWorkPerMeeting = 16'000;
-// Fewer rows than these reuse a loaded weight too little.
-inline constexpr int64_t kRowsPerThread = 4;
+// Fewer rows than these reuse a loaded weight too little (of AMX's tiles: half of one).
+inline constexpr int64_t kRowsPerThread = 4, kTileRowsPerThread = 9;
+
+// Whether products of T are AMX's.
+template <class T>
+bool in_tiles() {
+  return !std::is_same_v<T, Sum<T>> && has_tiles();
+}
+
+// Multiply-adds of T in those of float32's blocks, which take as long.
+template <class T>
+int64_t as_work(int64_t multiply_adds) {
+  return in_tiles<T>() ? multiply_adds / 8 : multiply_adds;
+}
+// A row of a step: sums of K terms, and their activation.
+template <class T>
+int64_t work_of_row(int64_t K, int64_t H) {
+  return as_work<T>(H * K) + H * (in_tiles<T>() ? 32 : 16);
+}
 
 // Where the steps lie, and the storage that a Walk points into.
 struct Steps {
@@ -187,20 +210,24 @@ struct Steps {
     }
   }
 
-  // Runs loop(share) over all rows and panels of a walk, divided so that every thread has as much
-  // to do: by rows, which then never meet; where the rows are too few to fill a register block in
-  // every thread, by panels of hidden units, the threads meeting after each step.
-  template <class F>
-  void parallel(const Walk& part, int64_t work_per_row, int64_t panels, const F& loop) const {
+  // Runs loop(share) over all rows and panels of a walk whose steps are sums of K terms, divided so
+  // that every thread has as much to do: by rows, which then never meet; where the rows are too few
+  // to fill a register block in every thread, by panels of the H hidden units, the threads meeting
+  // after each step.
+  template <class T, class F>
+  void parallel(const Walk& part, int64_t K, int64_t H, const F& loop) const {
     const int64_t B = walk.live(part.begin), rows = row(part.end) - row(part.begin);
+    const int64_t work_per_row = work_of_row<T>(K, H), panels = panels_of<T>(H);
     Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     const int64_t worth = std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1);
     const int64_t parts = std::min(threads, worth);
-    const bool few_rows = parts > 1 && B < kRowsPerThread * parts;
+    const int64_t rows_per_thread = in_tiles<T>() ? kTileRowsPerThread : kRowsPerThread;
+    const bool few_rows = parts > 1 && B < rows_per_thread * parts;
+    const int64_t work_per_meeting = in_tiles<T>() ? 4 * kWorkPerMeeting : kWorkPerMeeting;
     // No more than can run at once: the others would wait for a processor at every meeting.
     const int64_t meeting =
-        few_rows ? std::min({parts, panels, B * work_per_row / kWorkPerMeeting,
+        few_rows ? std::min({parts, panels, B * work_per_row / work_per_meeting,
                              int64_t(omp_get_num_procs())})
                  : 1;
     if (meeting > 1) {
@@ -322,12 +349,6 @@ inline Tensor adjacent_features(const Tensor& x) {
 }
 
 // --------------------------------------------------------------------------------------- packing
-
-template <class T>
-int64_t panels_of(int64_t H) {
-  const int64_t columns = time_loop<T>().panel_columns;
-  return (H + columns - 1) / columns;
-}
 
 // Uninitialised memory for packed weights: small ones stay on the stack.
 template <class T>
@@ -466,17 +487,18 @@ bool few_columns(int64_t K, int64_t N) {
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded and the weights of both stay in reach, which saves writing and reading
 // every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
-// product over all steps is the better use of the weights. In bfloat16, whose products are twice as
-// fast, a call costs more (20 us) and more rows have to share a weight. The bounds are measured
-// (notes/cpu.md, "Projection").
+// product over all steps is the better use of the weights. In bfloat16 by vectors, whose products are
+// twice as fast, a call costs more (20 us) and more rows have to share a weight. The bounds are
+// measured (notes/cpu.md, "Projection").
 template <class T>
 bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
   const int64_t B = steps.walk.batch, weights = (I + H) * H, bytes = sizeof(T);
-  constexpr bool pairs = !std::is_same_v<T, Sum<T>>;
-  if (!pairs && few_columns<T>(I, H)) return false;
-  return I <= 8 || steps.rows * I * H < (pairs ? 1'000'000 : 250'000) ||
-         (B >= (pairs ? 1 : 4) && weights <= 40'000) ||
-         (B >= (pairs ? 16 : 8) && (I <= 128 || weights * bytes <= weights_in_reach()));
+  const bool of_library = !std::is_same_v<T, Sum<T>> && !in_tiles<T>();  // in bfloat16
+  if (std::is_same_v<T, Sum<T>> && few_columns<T>(I, H)) return false;
+  return I <= 8 || steps.rows * I * H < (of_library ? 1'000'000 : 250'000) ||
+         (B >= (of_library ? 1 : in_tiles<T>() ? 6 : 4) && weights <= 40'000) ||
+         (B >= (of_library ? 16 : in_tiles<T>() ? 6 : 8) &&
+          (I <= 128 || weights * bytes <= weights_in_reach()));
 }
 
 // z += x w^T, for some rows. Strides of the features are 1.
@@ -506,7 +528,7 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z)
 template <class T, class F>
 void by_panels_or_rows(int64_t rows, int64_t K, int64_t N, const F& run) {
   constexpr int64_t kPacking = 16;  // packing a number, in multiply-adds: 0.16 ns against 0.009
-  const int64_t panels = panels_of<T>(N), work = rows * K * N;
+  const int64_t panels = panels_of<T>(N), work = as_work<T>(rows * K * N);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t most =
       std::min((panels + threads - 1) / threads * time_loop<T>().panel_columns, N);
@@ -520,15 +542,17 @@ void by_panels_or_rows(int64_t rows, int64_t K, int64_t N, const F& run) {
 }
 
 // c = start + a w by our own blocks. A panel of w is packed, as many of its rows at a time as stay
-// in the second-level cache, by the thread that takes rows of `a` past it.
+// in the second-level cache, by the thread that takes rows of `a` past it. In tiles, which are done
+// with a row so fast that it should pass once, all panels of a thread are.
 template <class T>
 void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, const Tensor& c) {
-  constexpr int64_t kPart = 1024;
+  constexpr bool pairs = !std::is_same_v<T, Sum<T>>;
   const auto& loop = time_loop<T>();
   const int64_t rows = a.size(0), K = w.size(0), N = w.size(1), width = loop.panel_columns;
+  const int64_t most_terms = pairs ? K : 1024;
   std::vector<Packing<T>> parts;
-  for (int64_t k = 0; k < K; k += kPart) {
-    parts.emplace_back(w.narrow(0, k, std::min(kPart, K - k)), /*transposed=*/false);
+  for (int64_t k = 0; k < K; k += most_terms) {
+    parts.emplace_back(w.narrow(0, k, std::min(most_terms, K - k)), /*transposed=*/false);
   }
   PanelProduct<T> whole;
   whole.lda = a.stride(0);
@@ -538,19 +562,20 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
   const int64_t ld_start = start.defined() && start.dim() == 2 ? start.stride(0) : 0;
   T* c_data = data_of<T>(c);
   const auto run = [&](int64_t p0, int64_t p1, int64_t r0, int64_t r1) {
-    Space<T> packed(loop.packed_size(std::min(K, kPart), std::min(N, width)));
+    const int64_t at_once = pairs ? p1 - p0 : 1;
+    Space<T> packed(loop.packed_size(std::min(K, most_terms), std::min(N, at_once * width)));
     PanelProduct<T> f = whole;
     f.rows = r1 - r0;
     f.w = packed.data();
-    for (int64_t p = p0; p < p1; ++p) {
+    for (int64_t p = p0; p < p1; p += at_once) {
       const int64_t n = p * width;
-      f.columns = std::min(width, N - n);
+      f.columns = std::min(at_once * width, N - n);
       f.a = a_data + r0 * f.lda;
       f.c = c_data + r0 * f.ldc + n;
       f.start = from ? from + r0 * ld_start + n : nullptr;
       f.ld_start = ld_start;
       for (const auto& part : parts) {
-        part.pack(p, p + 1, packed.data());
+        part.pack(p, p + at_once, packed.data());
         f.K = part.K;
         loop.panel_product(f);
         f.a += f.K;
@@ -566,11 +591,11 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
 template <class T>
 void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& w) {
   constexpr int64_t kFewRows = 4;
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    if (outruns_library() && a.size(0) > kFewRows && c.stride(1) == 1) {
-      return add_own_product<T>(adjacent_features(a), w,
-                                start.defined() ? adjacent_features(start) : start, c);
-    }
+  const bool own = std::is_same_v<T, Sum<T>> ? outruns_library() && a.size(0) > kFewRows
+                                             : in_tiles<T>();
+  if (own && c.stride(1) == 1) {
+    return add_own_product<T>(adjacent_features(a), w,
+                              start.defined() ? adjacent_features(start) : start, c);
   }
   start.defined() ? at::addmm_out(c, start, a, w) : at::mm_out(c, a, w);
 }
@@ -578,19 +603,19 @@ void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& 
 // Whether a weight gradient of so many numbers is the time loop's outer_sum.
 template <class T>
 bool worth_own_sums(int64_t numbers) {
-  return std::is_same_v<T, Sum<T>> &&
-         (outruns_library() || numbers <= time_loop<T>().outer_sum_numbers);
+  if (!std::is_same_v<T, Sum<T>>) return in_tiles<T>();
+  return outruns_library() || numbers <= time_loop<T>().outer_sum_numbers;
 }
 
 // Threads take the M rows of a gradient, f(m0, m1), so that no sum depends on how many there are;
 // few at a time, so that they have as much to do.
-template <class F>
-void by_gradient_rows(int64_t M, int64_t work, const F& f) {
-  constexpr int64_t kBlock = 8;
-  const int64_t blocks = (M + kBlock - 1) / kBlock;
+template <class T, class F>
+void by_gradient_rows(int64_t M, int64_t multiply_adds, const F& f) {
+  const int64_t block = in_tiles<T>() ? 16 : 8, work = as_work<T>(multiply_adds);
+  const int64_t blocks = (M + block - 1) / block;
   const int64_t grain = std::max<int64_t>(blocks * kWorkPerThread / (work + 1), 1);
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    f(begin * kBlock, std::min(end * kBlock, M));
+    f(begin * block, std::min(end * block, M));
   });
 }
 

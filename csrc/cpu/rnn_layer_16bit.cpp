@@ -131,7 +131,7 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
       if (own) {
         OuterSum<float> f = {filled, N, a_data, block, b_data, N,
                              sum_m.mutable_data_ptr<float>(), N};
-        by_gradient_rows(m, filled * m * N, [&](int64_t begin, int64_t end) {
+        by_gradient_rows<float>(m, filled * m * N, [&](int64_t begin, int64_t end) {
           time_loop<float>().outer_sum(f, begin, end);
         });
       } else {
@@ -202,7 +202,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
       const Rows<float> x_rows = stretches.addressed(wide_x, range, false);
       f.x = Rows<const float>{x_rows.data, x_rows.stride_t, x_rows.stride_b};
       f.out = stretches.addressed(wide_out, range, true);
-      steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<float>(H),
+      steps.parallel<float>(f.walk, H + f.input_size, H,
                      [&](const Share& share) { loop.forward(f, share); });
     } else {
       if (h0) add_widened_linear(z, *h0, layer.w_hh, spare / 2);
@@ -253,7 +253,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
         widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }
-      steps.parallel(f.walk, H * (H + 16), panels_of<float>(H),
+      steps.parallel<float>(f.walk, H, H,
                      [&](const Share& share) { loop.backward(f, share); });
       dz_s.copy_(rows.view(dz_s.sizes()));
       if (need_b) d_b = d_b.defined() ? d_b.add_(rows.sum(0)) : rows.sum(0);

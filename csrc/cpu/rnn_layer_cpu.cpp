@@ -29,8 +29,10 @@ using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 // --------------------------------------------------------------------------------------- forward
 
 // Whether the rows are too few for packing the weights to pay: measured break-evens, with I = H
-// (notes/cpu.md, "Few rows"). A single step, as in a cell, has less of a loop to gain.
+// (notes/cpu.md, "Few rows", and "AMX"). A single step, as in a cell, has less of a loop to gain.
+template <class T>
 bool worth_no_packing(const Steps& steps, int64_t H) {
+  if (in_tiles<T>()) return steps.rows <= 6;
   return steps.rows <= (steps.walk.seq_len == 1 ? 6 + H * H / 5000
                                                 : std::min<int64_t>(2 + H / 10, 100));
 }
@@ -178,17 +180,20 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
   T* space = packed.data();
   f.w_hh = pack_into(space, layer.w_hh, true);
   if (fused) f.w_ih = pack_into(space, layer.w_ih, true);
-  steps.parallel(f.walk, H * (H + f.input_size + 16), panels_of<T>(H),
-                 [&](const Share& share) { loop.forward(f, share); });
+  steps.parallel<T>(f.walk, H + f.input_size, H,
+                    [&](const Share& share) { loop.forward(f, share); });
 }
 
 // -------------------------------------------------------------------------------------- backward
 
 // Whether the rows are too few for packing W_hh to pay. The few products then go to the library:
 // 4 us a call, and slower ones with so few rows. A single step has none.
+template <class T>
 bool worth_steps_of_library(const Steps& steps, int64_t H) {
-  const int64_t T = steps.walk.seq_len;
-  return !steps.packed() && (T == 1 || (steps.rows <= 24 && 0.65 * H * H > 4000.0 * (T - 1)));
+  const int64_t seq_len = steps.walk.seq_len;
+  if (seq_len == 1) return !steps.packed();
+  return !steps.packed() && !in_tiles<T>() && steps.rows <= 24 &&
+         0.65 * H * H > 4000.0 * (seq_len - 1);
 }
 
 Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
@@ -213,11 +218,11 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
 }
 
 // dz of so many rows stays in the second-level cache until its products are done, and takes no
-// memory that would have to be fetched from the system in every call. In bfloat16 all of them: a
-// weight's gradient would be rounded after each stretch.
+// memory that would have to be fetched from the system in every call. In bfloat16 all of them, where
+// the library's products would round a weight's gradient after each stretch.
 template <class T>
 int64_t rows_of_a_stretch(const Steps& steps, int64_t H) {
-  if constexpr (!std::is_same_v<T, Sum<T>>) return steps.rows;
+  if (!std::is_same_v<T, Sum<T>> && !in_tiles<T>()) return steps.rows;
   constexpr int64_t kBytes = 256 << 10, kLeast = 512;
   const int64_t fitting = std::max<int64_t>(kBytes / (H * int64_t(sizeof(T))), kLeast);
   const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);
@@ -257,8 +262,8 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     stretches.carry(dz, i);
     std::tie(f.walk.begin, f.walk.end) = range;
     f.dz = stretches.addressed(dz, range, true);
-    steps.parallel(f.walk, H * (H + 16), panels_of<T>(H),
-                   [&](const Share& share) { loop.backward(f, share); });
+    steps.parallel<T>(f.walk, H, H,
+                      [&](const Share& share) { loop.backward(f, share); });
     if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));
   }
@@ -289,9 +294,9 @@ class GradientSums {
     const int64_t row = steps_.row(begin);
     if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
       begun_ = true;
-      if (own_w_ih_) d_w_ih_ = zeros({H_, I_}, z.scalar_type());
-      if (own_w_hh_) d_w_hh_ = zeros({H_, H_}, z.scalar_type());
-      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, z.scalar_type());
+      if (own_w_ih_) d_w_ih_ = zeros({H_, I_}, kSums);
+      if (own_w_hh_) d_w_hh_ = zeros({H_, H_}, kSums);
+      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
       if (need_x) d_x_ = empty(input_.sizes(), z.scalar_type());
     }
     if (need_x) {
@@ -307,13 +312,11 @@ class GradientSums {
         });
       }
     }
-    if (own_w_ih_ || own_w_hh_) {
-      if constexpr (kOwn) add_own(begin, end, z);
-    }
+    if (own_w_ih_ || own_w_hh_) add_own(begin, end, z);
     if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
     if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
     if (need_b && !own_w_ih_) {
-      const Tensor sum = z.sum(0);
+      const Tensor sum = z.sum(0, /*keepdim=*/false, kSums);
       d_b_ = d_b_.defined() ? d_b_.add_(sum) : sum;
     }
   }
@@ -322,37 +325,43 @@ class GradientSums {
   Gradients take() {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
     Tensor d_h;
-    if (hx_ && need_h) d_h = at::mm(z_first_, w_hh_);
+    if (hx_ && need_h) {
+      d_h = empty({steps_.walk.batch, H_}, z_first_.scalar_type());
+      product_into<T>(d_h, Tensor(), z_first_, w_hh_);
+    }
     if (hx_ && own_w_hh_) {
-      if constexpr (kOwn) {
-        const Tensor h0 = adjacent_features(*hx_);
-        by_gradient_rows(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
-          OuterSum<T> f = w_hh_sum(h0);
-          f.rows = steps_.walk.batch;
-          f.a = z_first_.const_data_ptr<T>();
-          f.b = h0.const_data_ptr<T>();
-          time_loop<T>().outer_sum(f, m0, m1);
-        });
-      }
+      const Tensor h0 = adjacent_features(*hx_);
+      by_gradient_rows<T>(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
+        Space<T> space(time_loop<T>().outer_sum_space(H_));
+        OuterSum<T> f = w_hh_sum(h0, space.data());
+        f.rows = steps_.walk.batch;
+        f.a = data_of<const T>(z_first_);
+        f.b = data_of<const T>(h0);
+        time_loop<T>().outer_sum(f, m0, m1);
+      });
     } else if (hx_ && need_w_hh) {
       add_product(d_w_hh_, z_first_, *hx_);
     }
     if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
-    return {d_x_, d_h, d_w_ih_, d_w_hh_, d_b_};
+    const auto stored = [&](const Tensor& sum) {
+      return sum.defined() ? sum.to(out_.scalar_type()) : sum;
+    };
+    return {d_x_, d_h, stored(d_w_ih_), stored(d_w_hh_), stored(d_b_)};
   }
 
  private:
-  static constexpr bool kOwn = std::is_same_v<T, Sum<T>>;
+  static constexpr auto kSums = c10::CppTypeToScalarType<Element<Sum<T>>>::value;
 
   static void add_product(Tensor& sum, const Tensor& z, const Tensor& x) {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
   }
 
-  OuterSum<T> w_hh_sum(const Tensor& h) const {
+  OuterSum<T> w_hh_sum(const Tensor& h, T* space) const {
     OuterSum<T> f;
     f.lda = f.N = f.ldc = H_;
     f.ldb = row_stride(h);
-    f.c = d_w_hh_.template mutable_data_ptr<T>();
+    f.c = data_of<Sum<T>>(d_w_hh_);
+    f.space = space;
     return f;
   }
 
@@ -360,27 +369,30 @@ class GradientSums {
     const auto& loop = time_loop<T>();
     Tensor x;
     if (own_w_ih_) x = evenly_spaced(adjacent_features(steps_.part(input_, begin, end)));
-    const T* data = z.const_data_ptr<T>();
+    const T* data = data_of<const T>(z);
     const int64_t rows = z.size(0), row = steps_.row(begin);
-    by_gradient_rows(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+    by_gradient_rows<T>(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+      Space<T> space(std::max(own_w_ih_ ? loop.outer_sum_space(I_) : 0,
+                              own_w_hh_ ? loop.outer_sum_space(H_) : 0));
       if (own_w_ih_) {
         OuterSum<T> f;
         f.rows = rows;
         f.lda = H_;
         f.N = f.ldc = I_;
         f.a = data;
-        f.b = x.const_data_ptr<T>();
+        f.b = data_of<const T>(x);
         f.ldb = row_stride(x);
-        f.c = d_w_ih_.template mutable_data_ptr<T>();
-        f.column_sums = d_b_.defined() ? d_b_.template mutable_data_ptr<T>() : nullptr;
+        f.c = data_of<Sum<T>>(d_w_ih_);
+        f.column_sums = d_b_.defined() ? data_of<Sum<T>>(d_b_) : nullptr;
+        f.space = space.data();
         loop.outer_sum(f, m0, m1);
       }
       if (!own_w_hh_) return;
-      OuterSum<T> f = w_hh_sum(out_);
+      OuterSum<T> f = w_hh_sum(out_, space.data());
       steps_.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
         f.rows = n;
         f.a = data + (at - row) * H_;
-        f.b = out_.const_data_ptr<T>() + before * f.ldb;
+        f.b = data_of<const T>(out_) + before * f.ldb;
         loop.outer_sum(f, m0, m1);
       });
     });
@@ -456,17 +468,17 @@ void forward_into(const Tensor& out, const Tensor& h_n, const Steps& steps, cons
   if (steps.rows == 0) return;
   const bool relu = nonlinearity == "relu";
   const int64_t H = layer.w_hh.size(0);
-  const bool no_packing = worth_no_packing(steps, H);
-  if (bfloat16_products(input)) {
-    const auto run = no_packing ? forward_by_steps<BFloat16> : forward_loop<BFloat16>;
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const auto run = worth_no_packing<T>(steps, H) ? forward_by_steps<T> : forward_loop<T>;
     run(steps, input, layer, relu, out);
+  };
+  if (bfloat16_products(input)) {
+    run(BFloat16{});
   } else if (is_16bit(input)) {
     forward_16bit(steps, input, layer, relu, out);
   } else {
-    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] {
-      const auto run = no_packing ? forward_by_steps<scalar_t> : forward_loop<scalar_t>;
-      run(steps, input, layer, relu, out);
-    });
+    AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer", [&] { run(scalar_t{}); });
   }
   layer.reverse ? steps.copy_first(out, h_n) : steps.copy_last(out, h_n);
 }
@@ -544,7 +556,7 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   const auto run = [&](auto element) {
     using T = decltype(element);
     GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, output_mask);
-    if (worth_steps_of_library(steps, H) && (grad_out || grad_h_n)) {
+    if (worth_steps_of_library<T>(steps, H) && (grad_out || grad_h_n)) {
       sums.add(0, steps.walk.seq_len,
                flat(backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu)));
     } else {
@@ -574,7 +586,10 @@ Tensor tanh(const Tensor& x) {
 TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def("_cpu_instruction_set() -> str",
         [] { return std::string(rnnfast::cpu::instruction_set()); });
-  m.def("_cpu_bfloat16_products() -> bool", &rnnfast::cpu::has_bfloat16_products);
+  m.def("_cpu_bfloat16_products() -> str", [] {
+    using namespace rnnfast::cpu;
+    return std::string(has_tiles() ? "amx" : has_bfloat16_products() ? "avx512_bf16" : "");
+  });
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

@@ -16,11 +16,16 @@
 
 #include "tanh_table.h"
 
+// GCC 10 may come with an assembler that does not know AMX.
+#if defined(__x86_64__) && defined(__linux__) && __GNUC__ >= 11
+#define RNNFAST_AMX
+#endif
+
 namespace rnnfast::cpu {
 
-// bfloat16 as it is stored. Its products are of pairs of neighbours, x[k] w[k] + x[k+1] w[k+1], added
-// to a float32 sum, as AVX512-BF16 does them; what else a block computes is float32 too. A state is
-// carried from step to step as it is stored.
+// bfloat16 as it is stored. Its products are of pairs of neighbours, x[k] w[k] + x[k+1] w[k+1],
+// added to a float32 sum, as AVX512-BF16 and AMX do them; what else a block computes is float32 too.
+// A state is carried from step to step as it is stored.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -103,13 +108,14 @@ struct Backward {
 template <class T>
 struct OuterSum {
   int64_t rows = 0, N = 0;
-  const T* a = nullptr;      // [rows, M], row stride lda
+  const T* a = nullptr;           // [rows, M], row stride lda
   int64_t lda = 0;
-  const T* b = nullptr;      // [rows, N], row stride ldb
+  const T* b = nullptr;           // [rows, N], row stride ldb
   int64_t ldb = 0;
-  T* c = nullptr;            // [M, N], row stride ldc
+  Sum<T>* c = nullptr;            // [M, N], row stride ldc
   int64_t ldc = 0;
-  T* column_sums = nullptr;  // [M] or nullptr
+  Sum<T>* column_sums = nullptr;  // [M] or nullptr
+  T* space = nullptr;             // of outer_sum_space(N) numbers
 };
 
 // z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie; z in the type of sums.
@@ -124,11 +130,11 @@ struct Linear {
   int64_t ldz = 0;
 };
 
-// c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], of the columns of one panel.
+// c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], of the columns of one panel; in AMX's tiles, of any.
 template <class T>
 struct PanelProduct {
   int64_t rows = 0, K = 0;
-  int64_t columns = 0;       // at most panel_columns
+  int64_t columns = 0;       // at most panel_columns, or any
   const T* a = nullptr;      // [rows, K], row stride lda
   int64_t lda = 0;
   const T* w = nullptr;      // packed [K, columns]
@@ -187,9 +193,10 @@ struct TimeLoop {
   void (*backward)(const Backward<T>&, const Share&);
   void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);  // columns [n0, n1) of z
   void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h);  // h = act(z), which h may be
-  // Rows [m0, m1) of c. nullptr in bfloat16, whose rows would have to be paired first.
+  // Rows [m0, m1) of c. nullptr in bfloat16 without tiles, whose rows would have to be paired first.
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
-  void (*panel_product)(const PanelProduct<T>&);  // nullptr in bfloat16
+  int64_t (*outer_sum_space)(int64_t N);
+  void (*panel_product)(const PanelProduct<T>&);  // nullptr where outer_sum is
   void (*widen)(const Float16* from, int64_t n, float* to);  // nullptr if T is not float
   int64_t outer_sum_numbers;  // the largest c for which the library is not faster, as measured
 };
@@ -201,6 +208,8 @@ const TimeLoop<T>& time_loop();
 
 // Whether that set has products of bfloat16. Without them there is no time_loop<BFloat16>().
 bool has_bfloat16_products();
+// Whether they are AMX's.
+bool has_tiles();
 
 // Whether our blocks outrun the library's products at every size.
 bool outruns_library();
@@ -220,6 +229,11 @@ RNNFAST_DECLARE_TIME_LOOP(avx512)
 namespace avx512_bf16 {
 extern const TimeLoop<BFloat16> bf16;
 }
+#if defined(RNNFAST_AMX)
+namespace amx {
+extern const TimeLoop<BFloat16> bf16;
+}
+#endif
 #endif
 
 }  // namespace rnnfast::cpu

@@ -1,7 +1,8 @@
 // The fused time loop, forward and backward, and the sums of outer products that the weight
 // gradients are, for one instruction set (see time_loop.h for what they compute). Included with
 // RNNFAST_ISA, RNNFAST_VECTOR_BYTES and RNNFAST_VECTOR_REGISTERS defined; with RNNFAST_BFLOAT16 too,
-// for the recurrence in bfloat16 alone.
+// for the recurrence in bfloat16 alone, and with RNNFAST_TILES, for its products in AMX's tiles
+// (tiles.inc.h).
 //
 // Ownership   A call owns a Share: rows [b0, b1) and panels [p0, p1) of hidden units, and walks all
 //             their steps. Rows never meet, so shares of rows synchronise nothing; shares of panels
@@ -346,8 +347,8 @@ RNNFAST_INLINE void tanh<float, 4>(V<float> (&x)[4]) {
 // ------------------------------------------------------------------------------ register blocks
 
 // Vectors across a panel, and the most rows of a block by its width: as many accumulators as leave
-// registers for the weights and the broadcast.
-#if RNNFAST_VECTOR_REGISTERS == 32
+// registers for the weights and the broadcast. Tiles use kPanel alone.
+#if RNNFAST_VECTOR_REGISTERS == 32 && !defined(RNNFAST_TILES)
 constexpr int kPanel = 4;
 constexpr int kMaxRows[kPanel] = {8, 8, 8, 6};
 // Panels that a block of 1, 2, 3 rows spans.
@@ -359,10 +360,15 @@ constexpr int kSpan[] = {4, 3, 2};
 #endif
 constexpr int kFewRows = 3;
 
-// K and zeros to whole pairs, as packed weights have them.
+// K and zeros to whole pairs, or tiles, as packed weights have them.
 template <class T>
 RNNFAST_INLINE int64_t padded(int64_t K) {
-  return (K + Sums<T>::pairing - 1) / Sums<T>::pairing * Sums<T>::pairing;
+#if defined(RNNFAST_TILES)
+  constexpr int64_t whole = L<T> * Sums<T>::pairing;
+#else
+  constexpr int64_t whole = Sums<T>::pairing;
+#endif
+  return (K + whole - 1) / whole * whole;
 }
 
 // What of a matrix a block reads: element (k, panel g, column n) at data + k * stride_k +
@@ -525,18 +531,39 @@ RNNFAST_INLINE void prefetch(const T* row, int64_t stride) {
 }
 
 // ------------------------------------------------------------------------------------- the cells
-//
-// A cell says what one block of one step computes. `carried` is the block's rows of the state that
-// the walk carries (h[t-1] forward, z'[t+1] backward), nullptr for rows at their first visit.
+
+struct Tiles;  // the state of a walk in AMX's tiles; empty elsewhere
+
+// A cell says what one block of one step computes: `products` calls add(a, lda, w, K) for each
+// product that its sums are of, of rows of `a` and packed weights, and `finish` makes the block's
+// results of the sums; M rows of `vectors` vectors of the next step are prefetched on the way.
+// `carried` is the block's rows of the state that the walk carries (h[t-1]
+// forward, z'[t+1] backward), nullptr for rows at their first visit.
+
+// M rows by G panels of N vectors, the last of them of `last` lanes.
+template <int M, int N, int G, class Cell, class T>
+RNNFAST_INLINE void sum_and_finish(const Cell& cell, int64_t t, int64_t b, int64_t p, int last,
+                                   const T* carried) {
+  Block<T, M, N, G> sum;
+  sum.clear();
+  cell.template products<M, G * N>(
+      t, b, p, carried,
+      [&](const T* a, int64_t lda, const T* w, int64_t K) RNNFAST_LAMBDA_INLINE {
+        sum.product(a, lda, panel_of<T, N>(w, p, K), K);
+      });
+  cell.finish(sum, t, b, p, last, carried == nullptr);
+}
 
 template <class T>
 struct ForwardCell {
   using Scalar = T;
   const Forward<T>& f;
   int64_t t_next = -1;  // the step after, to be prefetched, or -1
+  Tiles* tiles = nullptr;
 
   const Walk& walk() const { return f.walk; }
-  int64_t hidden_size() const { return f.hidden_size; }
+  int64_t columns() const { return f.hidden_size; }
+  int64_t terms() const { return f.hidden_size; }
   bool backwards() const { return f.walk.reverse; }
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.out, t, b); }
   int64_t state_stride() const { return f.out.stride_b; }
@@ -544,9 +571,12 @@ struct ForwardCell {
   template <int M, int N, int G = 1>
   static void block(const ForwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
-    const Forward<T>& f = self.f;
-    constexpr int vectors = G * N;
-    T* out = f.walk.row(f.out, t, b) + p * kPanel * L<T>;
+    sum_and_finish<M, N, G>(self, t, b, p, last, carried);
+  }
+
+  template <int M, int vectors, class Add>
+  RNNFAST_INLINE void products(int64_t t, int64_t b, int64_t p, const T* carried,
+                               const Add& add) const {
     int64_t h_stride = f.out.stride_b;
     if (!carried && f.h0.data) {
       carried = f.h0.data + b * f.h0.stride_b;
@@ -554,17 +584,21 @@ struct ForwardCell {
     }
     // Smallest terms first, the long sum over h from zero: each addition rounds at the size that
     // the sum has by then.
-    Block<T, M, N, G> z;
-    z.clear();
-    if (carried) {
-      z.product(carried, h_stride, panel_of<T, N>(f.w_hh, p, f.hidden_size), f.hidden_size);
-    }
+    if (carried) add(carried, h_stride, f.w_hh, f.hidden_size);
     if (f.input_size > 0) {
-      if (self.t_next >= 0 && p * kPanel * L<T> < f.input_size) {
-        prefetch<T, M, vectors>(f.walk.row(f.x, self.t_next, b) + p * kPanel * L<T>, f.x.stride_b);
+      if (t_next >= 0 && p * kPanel * L<T> < f.input_size) {
+        prefetch<T, M, vectors>(f.walk.row(f.x, t_next, b) + p * kPanel * L<T>, f.x.stride_b);
       }
-      z.product(f.walk.row(f.x, t, b), f.x.stride_b, panel_of<T, N>(f.w_ih, p, f.input_size),
-                f.input_size);
+      add(f.walk.row(f.x, t, b), f.x.stride_b, f.w_ih, f.input_size);
+    }
+  }
+
+  template <int M, int N, int G>
+  RNNFAST_INLINE void finish(Block<T, M, N, G>& z, int64_t t, int64_t b, int64_t p, int last,
+                             bool) const {
+    constexpr int vectors = G * N;
+    T* out = f.walk.row(f.out, t, b) + p * kPanel * L<T>;
+    if (f.input_size > 0) {
       if (f.bias) {
         const Sum<T>* bias = f.bias + p * kPanel * L<T>;
 #pragma GCC unroll 16
@@ -577,9 +611,8 @@ struct ForwardCell {
     } else {
       z.add(out, f.out.stride_b, last);
     }
-    if (self.t_next >= 0) {
-      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + p * kPanel * L<T>,
-                              f.out.stride_b);
+    if (t_next >= 0) {
+      prefetch<T, M, vectors>(f.walk.row(f.out, t_next, b) + p * kPanel * L<T>, f.out.stride_b);
     }
     V<T> h[(M * vectors + 3) / 4 * 4] = {};
 #pragma GCC unroll 16
@@ -600,9 +633,11 @@ struct BackwardCell {
   using Scalar = T;
   const Backward<T>& f;
   int64_t t_next = -1;  // the step after, to be prefetched, or -1
+  Tiles* tiles = nullptr;
 
   const Walk& walk() const { return f.walk; }
-  int64_t hidden_size() const { return f.hidden_size; }
+  int64_t columns() const { return f.hidden_size; }
+  int64_t terms() const { return f.hidden_size; }
   bool backwards() const { return !f.walk.reverse; }
   const T* state(int64_t t, int64_t b) const { return f.walk.row(f.dz, t, b); }
   int64_t state_stride() const { return f.dz.stride_b; }
@@ -610,22 +645,29 @@ struct BackwardCell {
   template <int M, int N, int G = 1>
   static void block(const BackwardCell& self, int64_t t, int64_t b, int64_t p, int last,
                     const T* carried) {
-    const Backward<T>& f = self.f;
-    constexpr int vectors = G * N;
+    sum_and_finish<M, N, G>(self, t, b, p, last, carried);
+  }
+
+  template <int M, int vectors, class Add>
+  RNNFAST_INLINE void products(int64_t, int64_t b, int64_t p, const T* carried,
+                               const Add& add) const {
     const int64_t column = p * kPanel * L<T>;
-    if (self.t_next >= 0) {
-      prefetch<T, M, vectors>(f.walk.row(f.out, self.t_next, b) + column, f.out.stride_b);
-      prefetch<T, M, vectors>(f.walk.row(f.dz, self.t_next, b) + column, f.dz.stride_b);
+    if (t_next >= 0) {
+      prefetch<T, M, vectors>(f.walk.row(f.out, t_next, b) + column, f.out.stride_b);
+      prefetch<T, M, vectors>(f.walk.row(f.dz, t_next, b) + column, f.dz.stride_b);
       if (f.grad_out.data) {
-        prefetch<T, M, vectors>(f.walk.row(f.grad_out, self.t_next, b) + column,
-                                f.grad_out.stride_b);
+        prefetch<T, M, vectors>(f.walk.row(f.grad_out, t_next, b) + column, f.grad_out.stride_b);
       }
     }
-    Block<T, M, N, G> dh;
-    dh.clear();
-    if (carried) {
-      dh.product(carried, f.dz.stride_b, panel_of<T, N>(f.w_hh, p, f.hidden_size), f.hidden_size);
-    } else if (f.grad_h_n.data) {
+    if (carried) add(carried, f.dz.stride_b, f.w_hh, f.hidden_size);
+  }
+
+  template <int M, int N, int G>
+  RNNFAST_INLINE void finish(Block<T, M, N, G>& dh, int64_t t, int64_t b, int64_t p, int last,
+                             bool first_visit) const {
+    constexpr int vectors = G * N;
+    const int64_t column = p * kPanel * L<T>;
+    if (first_visit && f.grad_h_n.data) {
       dh.add(f.grad_h_n.data + b * f.grad_h_n.stride_b + column, f.grad_h_n.stride_b, last);
     }
     if (f.grad_out.data) dh.add(f.walk.row(f.grad_out, t, b) + column, f.grad_out.stride_b, last);
@@ -671,6 +713,13 @@ RNNFAST_INLINE void level_blocks(int64_t r, int64_t end, const Run& run) {
   }
 }
 
+#if defined(RNNFAST_TILES)
+#include "tiles.inc.h"
+#else
+struct Tiles {};
+template <class Cell>
+RNNFAST_INLINE void finish_all(const Cell&) {}
+
 // Rows [b, end) of one panel of one step.
 template <class Cell, int N>
 void rows(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p, int last,
@@ -697,7 +746,7 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
           const typename Cell::Scalar* carried) {
   if (b >= end) return;
   constexpr int lanes = L<typename Cell::Scalar>;
-  const int64_t H = cell.hidden_size();
+  const int64_t H = cell.columns();
   const int64_t whole = H / (kPanel * lanes) < p1 ? H / (kPanel * lanes) : p1;
   int64_t p = p0;
   switch (end - b) {
@@ -720,6 +769,8 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
   }
 }
 
+#endif
+
 // Every step of the walk, of the share's panels of rows [b0, b1). Sequences are sorted by length,
 // so the rows alive at a step are a prefix, and so are those of them that the step before also
 // visited.
@@ -728,9 +779,11 @@ void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
   const Walk& walk = cell.walk();
   // Not where all steps fit the second-level cache, nor where one step alone would fill it.
   const int64_t step_bytes =
-      (b1 - b0) * cell.hidden_size() * int64_t(sizeof(typename Cell::Scalar));
+      (b1 - b0) * cell.columns() * int64_t(sizeof(typename Cell::Scalar));
   const int64_t steps = walk.end - walk.begin;
   const bool prefetching = step_bytes <= 128 << 10 && step_bytes * steps > 256 << 10;
+  Tiles tiles;
+  cell.tiles = &tiles;
   int64_t t_last = cell.backwards() ? walk.end : walk.begin - 1;
   int64_t visited = b0;  // rows [b0, visited) were alive at the step visited last
   if (t_last >= 0 && t_last < walk.seq_len && walk.live(t_last) > b0) {
@@ -744,10 +797,14 @@ void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
     if (prefetching) cell.t_next = s + 1 == steps ? -1 : cell.backwards() ? t - 1 : t + 1;
     step(cell, t, b0, carried, share.p0, share.p1, carried > b0 ? cell.state(t_last, b0) : nullptr);
     step(cell, t, carried, alive, share.p0, share.p1, nullptr);
-    if (share.barrier) share.barrier->arrive_and_wait(share.parties);
+    if (share.barrier) {
+      finish_all(cell);
+      share.barrier->arrive_and_wait(share.parties);
+    }
     visited = alive;
     t_last = t;
   }
+  finish_all(cell);
 }
 
 // Rows are taken through time in groups: small enough that a group's state stays in the first-level
@@ -756,11 +813,16 @@ void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
 template <class Cell>
 void run(const Cell& cell, const Share& share) {
   using T = typename Cell::Scalar;
-  constexpr int64_t kStateBytes = 16 << 10, kWeightBytes = 512 << 10, kLeast = 48;
-  const int64_t row_bytes = cell.hidden_size() * int64_t(sizeof(T));
+  constexpr int64_t kStateBytes = 16 << 10, kWeightBytes = 512 << 10;
+#if defined(RNNFAST_TILES)
+  constexpr int64_t kLeast = 64;  // two blocks, of which one multiplies while the other is finished
+#else
+  constexpr int64_t kLeast = 48;
+#endif
+  const int64_t row_bytes = cell.columns() * int64_t(sizeof(T));
   const int64_t n = share.b1 - share.b0;
   int64_t groups = 1;
-  if (!share.barrier && cell.hidden_size() * row_bytes <= kWeightBytes) {
+  if (!share.barrier && cell.columns() * row_bytes <= kWeightBytes) {
     const int64_t fitting = kStateBytes / row_bytes;
     const int64_t group = fitting > kLeast ? fitting : kLeast;
     groups = (n + group - 1) / group;
@@ -813,6 +875,29 @@ struct OuterCell {
   }
 };
 
+// Of R rows from r on.
+template <class T>
+void add_column_sums(const OuterSum<T>& f, int64_t r, int64_t R, int64_t m0, int64_t m1) {
+  constexpr int lanes = L<T>;
+  const T* a = f.a + r * f.lda;
+  for (int64_t m = m0; m < m1; m += lanes) {
+    const int width = m1 - m < lanes ? int(m1 - m) : lanes;
+    V<T> sum = {};
+    for (int64_t k0 = 0; k0 < R; k0 += 16) {
+      V<T> part = {};
+      for (int64_t k = k0; k < (R - k0 < 16 ? R : k0 + 16); ++k)
+        part += width == lanes ? load(a + k * f.lda + m) : load_part(a + k * f.lda + m, width);
+      sum += part;
+    }
+    Sum<T>* to = f.column_sums + m;
+    if (width == lanes) {
+      store(to, load(to) + sum);
+    } else {
+      store_part(to, load_part(to, width) + sum, width);
+    }
+  }
+}
+
 template <class T>
 void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   using Cell = OuterCell<T>;
@@ -840,23 +925,7 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
 #endif
       }
     }
-    if (!f.column_sums) continue;
-    for (int64_t m = m0; m < m1; m += lanes) {
-      const int width = m1 - m < lanes ? int(m1 - m) : lanes;
-      V<T> sum = {};
-      for (int64_t k0 = 0; k0 < R; k0 += 16) {
-        V<T> part = {};
-        for (int64_t k = k0; k < (R - k0 < 16 ? R : k0 + 16); ++k)
-          part += width == lanes ? load(a + k * f.lda + m) : load_part(a + k * f.lda + m, width);
-        sum += part;
-      }
-      T* to = f.column_sums + m;
-      if (width == lanes) {
-        store(to, load(to) + sum);
-      } else {
-        store_part(to, load_part(to, width) + sum, width);
-      }
-    }
+    if (f.column_sums) add_column_sums(f, r, R, m0, m1);
   }
 }
 
@@ -1042,7 +1111,7 @@ void pack_transposed(const T* w, int64_t stride, int64_t K, int64_t columns, int
   constexpr int64_t lanes = L<T>, taken = lanes * Sums<T>::pairing;
   for (int64_t k = 0; k < K; k += taken) {
     const int64_t left = K - k < taken ? K - k : taken;
-    const int64_t vectors = (left + Sums<T>::pairing - 1) / Sums<T>::pairing;
+    const int64_t vectors = padded<T>(left) / Sums<T>::pairing;
     for (int64_t n = 0; n < width; n += lanes) {
       V<T> square[lanes];
       for (int64_t i = 0; i < lanes; ++i) {
@@ -1058,6 +1127,32 @@ void pack_transposed(const T* w, int64_t stride, int64_t K, int64_t columns, int
     }
   }
 }
+
+#if defined(RNNFAST_BFLOAT16)
+// Of n lanes, row[.] and row[. + stride] side by side; the second, or both, zeros where `rows` ends.
+RNNFAST_INLINE V<float> pairs_of(const BFloat16* row, int64_t stride, int64_t rows, int n) {
+  using Bits = Vector<float>::Bits;
+  const auto bits = [&](const BFloat16* p) RNNFAST_LAMBDA_INLINE {
+    return (Bits)(n == L<float> ? load(p) : load_part(p, n));
+  };
+  Bits pairs = {};
+  if (rows > 0) pairs = bits(row) >> 16;
+  if (rows > 1) pairs |= bits(row + stride);
+  return (V<float>)pairs;
+}
+
+// A panel of w, whose rows have the columns as adjacent numbers.
+void pack_pairs(const BFloat16* w, int64_t stride, int64_t K, int64_t columns, int64_t width,
+                BFloat16* packed) {
+  for (int64_t k = 0; k < padded<BFloat16>(K); k += 2) {
+    for (int64_t n = 0; n < width; n += L<float>) {
+      const int64_t lanes = columns - n < L<float> ? columns - n : L<float>;
+      const V<float> pairs = pairs_of(w + k * stride + n, stride, K - k, int(lanes));
+      __builtin_memcpy(packed + k * width + 2 * n, &pairs, sizeof(pairs));
+    }
+  }
+}
+#endif
 
 // ----------------------------------------------------------------------------------- entry points
 
@@ -1077,11 +1172,15 @@ void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, 
     };
     if (stride_k == 1) {
       pack_transposed(w + n0 * stride_n, stride_n, K, columns, width, packed);
+#if defined(RNNFAST_BFLOAT16)
+    } else if (stride_n == 1) {
+      pack_pairs(w + n0, stride_k, K, columns, width, packed);
+#endif
     } else {
       for (int64_t k = 0; k < padded<T>(K); ++k) {
         const T* row = w + k * stride_k + n0 * stride_n;
         const int64_t filled = k < K ? columns : 0;
-        if (stride_n == 1) {
+        if (pairing == 1 && stride_n == 1) {
           for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n];
         } else {
           for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n * stride_n];
@@ -1153,6 +1252,10 @@ void widen(const Float16* from, int64_t n, float* to) {
 }
 #endif
 
+#if defined(RNNFAST_TILES)
+#include "tile_products.inc.h"
+#endif
+
 #undef RNNFAST_INLINE
 #undef RNNFAST_LAMBDA_INLINE
 
@@ -1161,14 +1264,21 @@ void widen(const Float16* from, int64_t n, float* to) {
 #if defined(RNNFAST_BFLOAT16)
 const TimeLoop<BFloat16> bf16 = {
     kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>, nullptr,
-    nullptr,              nullptr,               0};
+    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>,
+#if defined(RNNFAST_TILES)
+    tile_outer_sum,       tile_outer_sum_space,  tile_product,
 #else
+    nullptr,              nullptr,               nullptr,
+#endif
+    nullptr,              0};
+#else
+int64_t no_space(int64_t) { return 0; }
+
 template <class T>
 constexpr TimeLoop<T> table(void (*widen)(const Float16*, int64_t, float*)) {
   return {kPanel * L<T>, packed_size<T>,    pack<T>,      forward<T>,       backward<T>,
-          linear<T>,     activate_array<T>, outer_sum<T>, panel_product<T>, widen,
-          kOuterSumNumbers};
+          linear<T>,     activate_array<T>, outer_sum<T>, no_space,         panel_product<T>,
+          widen,         kOuterSumNumbers};
 }
 const TimeLoop<float> f32 = table<float>(widen);
 const TimeLoop<double> f64 = table<double>(nullptr);

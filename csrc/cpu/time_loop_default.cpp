@@ -5,6 +5,10 @@
 #include <ATen/Version.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(RNNFAST_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <cstdlib>
@@ -78,10 +82,32 @@ const TimeLoop<double>& time_loop<double>() {
   return RNNFAST_CHOOSE(f64);
 }
 
+// AMX's products of bfloat16. A process asks Linux for the tiles' registers, once; it may be refused.
+bool has_tiles() {
+#if defined(RNNFAST_AMX)
+  static const bool has = [] {
+    if (isa != Isa::Avx512) return false;
+    if (!emulating_avx512() && !__builtin_cpu_supports("avx512bf16")) return false;
+#if defined(RNNFAST_EMULATE_TILES)  // a build whose tiles are arrays
+    return std::getenv("RNNFAST_EMULATE_TILES") != nullptr;
+#else
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return (edx & bf16) && (edx & tile) && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#endif
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
+
 bool has_bfloat16_products() {
 #if defined(__x86_64__)
   static const bool has = [] {
-    if (emulating_avx512()) return true;
+    if (emulating_avx512() || has_tiles()) return true;
     // Intel's cores do vdpbf16ps at half the rate of float32's multiply-adds (notes/cpu.md).
     return isa == Isa::Avx512 && __builtin_cpu_supports("avx512bf16") &&
            !__builtin_cpu_is("intel");
@@ -111,6 +137,9 @@ bool outruns_library() {
 template <>
 const TimeLoop<BFloat16>& time_loop<BFloat16>() {
 #if defined(__x86_64__)
+#if defined(RNNFAST_AMX)
+  if (has_tiles()) return amx::bf16;
+#endif
   return avx512_bf16::bf16;
 #else
   static const TimeLoop<BFloat16> none{};  // linked, but never called
