@@ -241,6 +241,12 @@ SIXTEEN_BIT = [
     (3, 20, 200, 301, None),
     (40, 2, 600, 600, None),
     (6, 24, 5, 19, [6] * 3 + [5] * 7 + [2] * 10 + [1] * 4),
+    # Rows that do not divide into tiles of 16 or pairs of them, and such columns and terms.
+    (3, 17, 64, 96, None),
+    (3, 35, 33, 50, None),
+    (2, 66, 20, 113, None),
+    (5, 50, 40, 70, [5] * 20 + [4] * 13 + [2] * 15 + [1] * 2),
+    (12, 60, 40, 50, None),  # more rows than dz is kept of at a time
 ]
 
 
@@ -253,6 +259,44 @@ def test_sixteen_bits_are_close_to_float64(size, dtype, nonlinearity, reverse):
     helpers.check_layer(
         "cpu", dtype, *shape, nonlinearity=nonlinearity, reverse=reverse, lengths=lengths
     )
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("B", [2, 7, 20, 35])
+def test_a_nan_stays_in_its_sequence(B, dtype, nonlinearity):
+    """Sequences lie beside each other, and blocks of rows may be cut anywhere."""
+    x, h, *weights = layer(4, B, 21, 50, dtype)
+    expected, _ = torch.ops.rnnfast.rnn_layer(x, h, *weights, None, nonlinearity, False)
+    for sick in (0, B // 2, B - 1):
+        with_nan = x.clone()
+        with_nan[1, sick, 20] = torch.nan
+        out, _ = torch.ops.rnnfast.rnn_layer(with_nan, h, *weights, None, nonlinearity, False)
+        assert out[1:, sick].isnan().all()
+        others = [b for b in range(B) if b != sick]
+        assert torch.equal(out[:, others], expected[:, others])
+        grads = torch.ones_like(out), None, x, h, *weights[:2]
+        call = None, nonlinearity, False, [True, True, False, False, False]
+        d_x, d_h, *_ = torch.ops.rnnfast.rnn_layer_backward(*grads, out, *call)
+        d_x_expected, d_h_expected, *_ = torch.ops.rnnfast.rnn_layer_backward(
+            *grads, expected, *call
+        )
+        assert torch.equal(d_x[:, others], d_x_expected[:, others])
+        assert torch.equal(d_h[others], d_h_expected[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_state_may_lie_in_the_input(dtype, T):
+    """As a slice of it with fewer features, or with the rows of its first sequence."""
+    x, _, *weights = layer(T, 20, 50, 40, dtype)
+    same_rows = x[:, :1].expand(T, 20, 50)
+    for inputs, h in ((x, x[0, :, :40]), (same_rows, x[0, :1, :40].expand(20, 40)),
+                      (same_rows, x[0, :, :40])):  # fmt: skip
+        call = None, "tanh", False
+        actual, _ = torch.ops.rnnfast.rnn_layer(inputs, h, *weights, *call)
+        apart, _ = torch.ops.rnnfast.rnn_layer(inputs.clone(), h.clone(), *weights, *call)
+        assert torch.equal(actual, apart)
 
 
 @pytest.mark.parametrize("dtype", [f64, torch.float32, torch.bfloat16])
@@ -438,6 +482,11 @@ def test_the_instruction_set_is_the_one_asked_for():
     names = {"AVX2": "avx2", "AVX512": "avx512"}
     here = names.get(torch.backends.cpu.get_cpu_capability(), "default")
     assert torch.ops.rnnfast._cpu_instruction_set() == (asked or here)
+    products = torch.ops.rnnfast._cpu_bfloat16_products()
+    if (asked or here) != "avx512":
+        assert not products
+    elif "RNNFAST_EMULATE_TILES" in os.environ:
+        assert products == "amx"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
