@@ -217,12 +217,19 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   return dz;
 }
 
+// Whether gradients of bfloat16 are summed in float32 as a whole, which takes twice their memory, or a
+// block of their rows at a time, of all steps, which takes that of dz: nn.RNN holds two outputs.
+template <class T>
+bool worth_wide_sums(const Steps& steps, int64_t I, int64_t H) {
+  return in_tiles<T>() && steps.rows >= 2 * (I + H);
+}
+
 // dz of so many rows stays in the second-level cache until its products are done, and takes no
 // memory that would have to be fetched from the system in every call. In bfloat16 all of them, where
-// the library's products would round a weight's gradient after each stretch.
+// a weight's gradient would be rounded after each stretch.
 template <class T>
-int64_t rows_of_a_stretch(const Steps& steps, int64_t H) {
-  if (!std::is_same_v<T, Sum<T>> && !in_tiles<T>()) return steps.rows;
+int64_t rows_of_a_stretch(const Steps& steps, int64_t I, int64_t H) {
+  if (!std::is_same_v<T, Sum<T>> && !worth_wide_sums<T>(steps, I, H)) return steps.rows;
   constexpr int64_t kBytes = 256 << 10, kLeast = 512;
   const int64_t fitting = std::max<int64_t>(kBytes / (H * int64_t(sizeof(T))), kLeast);
   const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);
@@ -234,7 +241,7 @@ int64_t rows_of_a_stretch(const Steps& steps, int64_t H) {
 template <class T, class Use>
 void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
                    const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out, bool relu,
-                   const Use& use) {
+                   int64_t I, const Use& use) {
   const int64_t H = w_hh.size(0);
   const auto& loop = time_loop<T>();
   Backward<T> f;
@@ -255,7 +262,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
   f.w_hh = pack_into(space, w_hh, false);
-  const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, H));
+  const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
   const Tensor dz = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
     const auto range = stretches.ranges()[i];
@@ -285,6 +292,7 @@ class GradientSums {
     need_ = output_mask;
     own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
     own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_);
+    by_blocks_ = !std::is_same_v<T, Sum<T>> && !worth_wide_sums<T>(steps, I_, H_);
     out_ = own_w_hh_ ? evenly_spaced(adjacent_features(out)) : flat(out);
   }
 
@@ -294,8 +302,8 @@ class GradientSums {
     const int64_t row = steps_.row(begin);
     if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
       begun_ = true;
-      if (own_w_ih_) d_w_ih_ = zeros({H_, I_}, kSums);
-      if (own_w_hh_) d_w_hh_ = zeros({H_, H_}, kSums);
+      if (own_w_ih_ && !by_blocks_) d_w_ih_ = zeros({H_, I_}, kSums);
+      if (own_w_hh_ && !by_blocks_) d_w_hh_ = zeros({H_, H_}, kSums);
       if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
       if (need_x) d_x_ = empty(input_.sizes(), z.scalar_type());
     }
@@ -312,7 +320,7 @@ class GradientSums {
         });
       }
     }
-    if (own_w_ih_ || own_w_hh_) add_own(begin, end, z);
+    if (own_w_ih_ || own_w_hh_) by_blocks_ ? sum_blocks(z) : add_own(begin, end, z);
     if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
     if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
     if (need_b && !own_w_ih_) {
@@ -329,7 +337,7 @@ class GradientSums {
       d_h = empty({steps_.walk.batch, H_}, z_first_.scalar_type());
       product_into<T>(d_h, Tensor(), z_first_, w_hh_);
     }
-    if (hx_ && own_w_hh_) {
+    if (hx_ && own_w_hh_ && !by_blocks_) {
       const Tensor h0 = adjacent_features(*hx_);
       by_gradient_rows<T>(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
         Space<T> space(time_loop<T>().outer_sum_space(H_));
@@ -339,7 +347,7 @@ class GradientSums {
         f.b = data_of<const T>(h0);
         time_loop<T>().outer_sum(f, m0, m1);
       });
-    } else if (hx_ && need_w_hh) {
+    } else if (hx_ && need_w_hh && !own_w_hh_) {
       add_product(d_w_hh_, z_first_, *hx_);
     }
     if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
@@ -398,6 +406,57 @@ class GradientSums {
     });
   }
 
+  // Of all steps, whose dz is z, a block of a gradient's rows at a time.
+  void sum_blocks(const Tensor& z) {
+    const T* data = data_of<const T>(z);
+    if (own_w_ih_) {
+      const Tensor x = evenly_spaced(adjacent_features(input_));
+      d_w_ih_ = summed_blocks(I_, d_b_, [&](const auto& add) {
+        add(data, data_of<const T>(x), row_stride(x), z.size(0));
+      });
+    }
+    if (!own_w_hh_) return;
+    const Tensor h0 = hx_ ? adjacent_features(*hx_) : Tensor();
+    const int64_t ldb = row_stride(out_);
+    d_w_hh_ = summed_blocks(H_, Tensor(), [&](const auto& add) {
+      if (hx_) add(data_of<const T>(z_first_), data_of<const T>(h0), row_stride(h0), h0.size(0));
+      steps_.for_each_shift(0, steps_.walk.seq_len, [&](int64_t at, int64_t before, int64_t n) {
+        add(data + at * H_, data_of<const T>(out_) + before * ldb, ldb, n);
+      });
+    });
+  }
+
+  // [H, N], of runs(add), which calls add(a, b, ldb, n) for products of n rows of a and b.
+  template <class Runs>
+  Tensor summed_blocks(int64_t N, const Tensor& column_sums, const Runs& runs) const {
+    const int64_t most = std::max<int64_t>(H_ * (I_ + H_) / (8 * N) / 32 * 32, 32);
+    const Tensor result = empty({H_, N}, out_.scalar_type());
+    const Tensor sums = empty({std::min(most, H_), N}, kSums);
+    for (int64_t m = 0; m < H_; m += most) {
+      Tensor block = sums.narrow(0, 0, std::min(most, H_ - m));
+      block.zero_();
+      by_gradient_rows<T>(block.size(0), steps_.rows * block.size(0) * N,
+                          [&](int64_t m0, int64_t m1) {
+        Space<T> space(time_loop<T>().outer_sum_space(N));
+        OuterSum<T> f;
+        f.N = f.ldc = N;
+        f.lda = H_;
+        f.c = data_of<Sum<T>>(block);
+        f.column_sums = column_sums.defined() ? data_of<Sum<T>>(column_sums) + m : nullptr;
+        f.space = space.data();
+        runs([&](const T* a, const T* b, int64_t ldb, int64_t n) {
+          f.rows = n;
+          f.a = a + m;
+          f.b = b;
+          f.ldb = ldb;
+          time_loop<T>().outer_sum(f, m0, m1);
+        });
+      });
+      result.narrow(0, m, block.size(0)).copy_(block);
+    }
+    return result;
+  }
+
   // The runs of a packed batch are short, and each would read and write the whole sum: gathered,
   // they are one.
   void add_w_hh_of_library(int64_t begin, int64_t end, const Tensor& z) {
@@ -438,7 +497,7 @@ class GradientSums {
   Tensor out_;  // rows of H, evenly spaced
   const int64_t I_, H_;
   std::array<bool, 5> need_;
-  bool own_w_ih_, own_w_hh_, begun_ = false;
+  bool own_w_ih_, own_w_hh_, by_blocks_, begun_ = false;
   Tensor z_first_;  // [B, H], dz of each sequence's first step
   Tensor d_x_, d_w_ih_, d_w_hh_, d_b_;
 };
@@ -560,7 +619,7 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
       sums.add(0, steps.walk.seq_len,
                flat(backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu)));
     } else {
-      backward_loop<T>(steps, grad_out, grad_h_n, w_hh, out, relu,
+      backward_loop<T>(steps, grad_out, grad_h_n, w_hh, out, relu, I,
                        [&](int64_t begin, int64_t end, const Tensor& z) { sums.add(begin, end, z); });
     }
     return sums.take();
