@@ -351,8 +351,9 @@ class GradientSums {
       add_product(d_w_hh_, z_first_, *hx_);
     }
     if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
-    const auto stored = [&](const Tensor& sum) {
-      return sum.defined() ? sum.to(out_.scalar_type()) : sum;
+    const auto stored = [&](const Tensor& sum) {  // a call of `to` is 1 % of a small one
+      const bool wide = sum.defined() && sum.scalar_type() != out_.scalar_type();
+      return wide ? sum.to(out_.scalar_type()) : sum;
     };
     return {d_x_, d_h, stored(d_w_ih_), stored(d_w_hh_), stored(d_b_)};
   }
