@@ -351,7 +351,7 @@ class GradientSums {
       add_product(d_w_hh_, z_first_, *hx_);
     }
     if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
-    const auto stored = [&](const Tensor& sum) {  // a call of `to` is 1 % of a small one
+    const auto stored = [&](const Tensor& sum) {  // `to` would cost a small call a dispatch
       const bool wide = sum.defined() && sum.scalar_type() != out_.scalar_type();
       return wide ? sum.to(out_.scalar_type()) : sum;
     };
