@@ -65,6 +65,16 @@ RNNFAST_INLINE void store(T* p, V<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// Has v in a register, where the compiler would read it from memory for every use.
+template <class V>
+RNNFAST_INLINE void hold(V& v) {
+#if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
+  asm("" : "+v"(v));
+#elif RNNFAST_VECTOR_BYTES == 32
+  asm("" : "+x"(v));
+#endif
+}
+
 // The first n < L lanes; the others load as zero and are not stored.
 #if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
 RNNFAST_INLINE V<float> load_part(const float* p, int n) {
@@ -413,6 +423,7 @@ struct Block {
       Block before;  // written and read where k > 0 alone
       if (k > 0) {
         before = *this;
+        asm("" : "+m"(before));  // it is what is spilled, not the weights
         clear();
       }
       chain<true>(a + k, lda, 1, {w.data + k * w.stride_k, w.stride_k, w.stride_g},
@@ -459,14 +470,18 @@ struct Block {
         for (int m = 0; m < M; ++m) am[m] = a_m(m);
 #pragma GCC unroll 16
         for (int n = 0; n < vectors; ++n) {
-          const V<T> wk = load_w(k, n);
+          V<T> wk = load_w(k, n);
+          if constexpr (M > 1) hold(wk);
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) sum[m][n] = P::add(sum[m][n], am[m], wk);
         }
       } else {
         V<T> wk[vectors];
 #pragma GCC unroll 16
-        for (int n = 0; n < vectors; ++n) wk[n] = load_w(k, n);
+        for (int n = 0; n < vectors; ++n) {
+          wk[n] = load_w(k, n);
+          hold(wk[n]);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const V<T> am = a_m(m);
@@ -1033,7 +1048,8 @@ void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
     for (int i = 0; i < M; ++i) xk[i] = load_k(x + i * f.ldx + k);
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      const V<T> wk = load_k(w + j * f.ldw + k);
+      V<T> wk = load_k(w + j * f.ldw + k);
+      if constexpr (M > 1) hold(wk);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) acc[i][j] = P::add(acc[i][j], xk[i], wk);
     }
