@@ -503,9 +503,10 @@ bool worth_fusing(const Steps& steps, int64_t I, int64_t H) {
 
 // z += x w^T, for some rows. Strides of the features are 1.
 template <class T>
-void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z) {
+void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z,
+                bool backwards = false) {
   const Linear<T> f = {batch, w.size(1), x.data, x.stride_b, data_of<const T>(w), w.stride(0),
-                       z.data, z.stride_b};
+                       z.data, z.stride_b, backwards};
   const int64_t N = w.size(0);
   const auto shared_out = [&](int64_t size, const auto& run) {
     at::parallel_for(0, size, kWorkPerThread * size / (batch * N * f.K + 1) + 1, run);

@@ -106,7 +106,7 @@ void forward_by_steps(const Steps& steps, const Tensor& input, const Direction& 
     const int64_t carried = std::min(visited, live);
     if (carried > 0) {
       const auto h = at(out_rows, t_last, 0);
-      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, z_rows);
+      add_linear<T>({h.data, 0, h.stride_b}, w_hh, carried, z_rows, /*backwards=*/s % 2);
     }
     if (carried < live && h0.defined()) {
       add_linear<T>({data_of<const T>(h0) + carried * h0.stride(0), 0, h0.stride(0)}, w_hh,

@@ -305,7 +305,9 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
   if (bytes <= kWeightBytes) {
     for (int64_t r = b; r < end; r += height) panels(r, p0, p1);
   } else {
-    for (int64_t p = p0; p < p1; ++p)
+    for (int64_t i = 0; i < p1 - p0; ++i) {
+      const int64_t p = p0 + nth(i, p1 - p0, t % 2);
       for (int64_t r = b; r < end; r += height) panels(r, p, p + 1);
+    }
   }
 }

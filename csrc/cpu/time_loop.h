@@ -128,6 +128,7 @@ struct Linear {
   int64_t ldw = 0;
   Sum<T>* z = nullptr;   // [batch, N], row stride ldz
   int64_t ldz = 0;
+  bool backwards = false;  // from the last column on, whose weights a cache may hold
 };
 
 // c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], of the columns of one panel; in AMX's tiles, of any.

@@ -13,6 +13,9 @@
 //             inner loop is one broadcast of h[b,k] against N adjacent vectors. bfloat16 comes in
 //             pairs, [panel][k / 2][columns][2], against a broadcast pair. The state is never
 //             copied: h[t-1] is read from where the output stores it, z'[t+1] from dz.
+// Order       Every other step takes the weights from the last to the first, panels of them and, of few
+//             rows, terms: it begins with those that a cache still holds from the step before, where
+//             in the same order again the cache would have let go of each by its turn.
 // Registers   M * G * N accumulators live across the whole sum over k. With many rows a block is
 //             tall and one panel wide, since each weight loaded then serves M rows; with one to
 //             three it spans panels, to have enough sums under way to cover an addition's latency.
@@ -381,6 +384,11 @@ RNNFAST_INLINE int64_t padded(int64_t K) {
   return (K + whole - 1) / whole * whole;
 }
 
+// The i-th of n, or of n from the last on.
+RNNFAST_INLINE int64_t nth(int64_t i, int64_t n, bool backwards) {
+  return backwards ? n - 1 - i : i;
+}
+
 // What of a matrix a block reads: element (k, panel g, column n) at data + k * stride_k +
 // g * stride_g + n; of pairs, (k, g, n) and (k + 1, g, n) at data + k * stride_k + g * stride_g +
 // 2 * n, for every even k.
@@ -416,8 +424,19 @@ struct Block {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
   // acc[m][n] += sum_k a[m * lda + k] * w(k, n). Long sums are cut into chains that each start from
-  // zero, since every addition rounds at the size of the sum so far.
-  RNNFAST_INLINE void product(const T* a, int64_t lda, Columns<T> w, int64_t K) {
+  // zero, since every addition rounds at the size of the sum so far. `backwards`: from the last term
+  // on, where rows are so few that reading weights is what takes the time.
+  RNNFAST_INLINE void product(const T* a, int64_t lda, Columns<T> w, int64_t K, bool backwards) {
+    if constexpr (M <= kFewRows && Sums<T>::pairing == 1) {
+      if (backwards) {
+        const Columns<T> last = {w.data + (K - 1) * w.stride_k, -w.stride_k, w.stride_g};
+        return chains<-1>(a + K - 1, lda, last, K);
+      }
+    }
+    chains<1>(a, lda, w, K);
+  }
+  template <int stride>
+  RNNFAST_INLINE void chains(const T* a, int64_t lda, Columns<T> w, int64_t K) {
     constexpr int64_t kChain = 128;
     for (int64_t k = 0; k < K; k += kChain) {
       Block before;  // written and read where k > 0 alone
@@ -426,7 +445,7 @@ struct Block {
         asm("" : "+m"(before));  // it is what is spilled, not the weights
         clear();
       }
-      chain<true>(a + k, lda, 1, {w.data + k * w.stride_k, w.stride_k, w.stride_g},
+      chain<true>(a + stride * k, lda, stride, {w.data + k * w.stride_k, w.stride_k, w.stride_g},
                   K - k < kChain ? K - k : kChain, L<T>);
       if (k > 0) {
 #pragma GCC unroll 16
@@ -564,7 +583,7 @@ RNNFAST_INLINE void sum_and_finish(const Cell& cell, int64_t t, int64_t b, int64
   cell.template products<M, G * N>(
       t, b, p, carried,
       [&](const T* a, int64_t lda, const T* w, int64_t K) RNNFAST_LAMBDA_INLINE {
-        sum.product(a, lda, panel_of<T, N>(w, p, K), K);
+        sum.product(a, lda, panel_of<T, N>(w, p, K), K, t % 2);
       });
   cell.finish(sum, t, b, p, last, carried == nullptr);
 }
@@ -746,31 +765,21 @@ void rows(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p, int la
   });
 }
 
-// One to three rows: as many whole panels at once as the block spans. Returns the next panel.
-template <class Cell, int M>
-int64_t spans(const Cell& cell, int64_t t, int64_t b, int64_t p, int64_t whole,
-              const typename Cell::Scalar* carried) {
-  for (; whole - p >= kSpan[M - 1]; p += kSpan[M - 1])
-    Cell::template block<M, kPanel, kSpan[M - 1]>(cell, t, b, p, L<typename Cell::Scalar>, carried);
-  return p;
-}
-
-// Panels [p0, p1) of rows [b, end) of one step.
+// Panels [p, p + n) of rows [b, end) of one step, at once where a block spans them.
 template <class Cell>
-void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64_t p1,
-          const typename Cell::Scalar* carried) {
-  if (b >= end) return;
+void panels(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p, int64_t n,
+            const typename Cell::Scalar* carried) {
   constexpr int lanes = L<typename Cell::Scalar>;
-  const int64_t H = cell.columns();
-  const int64_t whole = H / (kPanel * lanes) < p1 ? H / (kPanel * lanes) : p1;
-  int64_t p = p0;
-  switch (end - b) {
-    case 1: p = spans<Cell, 1>(cell, t, b, p, whole, carried); break;
-    case 2: p = spans<Cell, 2>(cell, t, b, p, whole, carried); break;
-    case 3: p = spans<Cell, 3>(cell, t, b, p, whole, carried); break;
+  const int64_t H = cell.columns(), whole = H / (kPanel * lanes), M = end - b;
+  if (M <= kFewRows && n == kSpan[M - 1] && p + n <= whole) {
+    switch (M) {
+      case 1: return Cell::template block<1, kPanel, kSpan[0]>(cell, t, b, p, lanes, carried);
+      case 2: return Cell::template block<2, kPanel, kSpan[1]>(cell, t, b, p, lanes, carried);
+      case 3: return Cell::template block<3, kPanel, kSpan[2]>(cell, t, b, p, lanes, carried);
+    }
   }
-  for (; p < whole; ++p) rows<Cell, kPanel>(cell, t, b, end, p, lanes, carried);
-  if (p == p1) return;
+  for (; n > 0 && p < whole; --n, ++p) rows<Cell, kPanel>(cell, t, b, end, p, lanes, carried);
+  if (n == 0) return;
   const int64_t left = H - p * kPanel * lanes;  // less than a panel
   const int width = int((left + lanes - 1) / lanes);
   const int last = int(left - (width - 1) * lanes);
@@ -781,6 +790,19 @@ void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64
     case 3: rows<Cell, 3>(cell, t, b, end, p, last, carried); break;
     case 4: rows<Cell, 4>(cell, t, b, end, p, last, carried); break;
 #endif
+  }
+}
+
+// Panels [p0, p1) of rows [b, end) of one step.
+template <class Cell>
+void step(const Cell& cell, int64_t t, int64_t b, int64_t end, int64_t p0, int64_t p1,
+          const typename Cell::Scalar* carried) {
+  if (b >= end) return;
+  const int64_t span = end - b <= kFewRows ? kSpan[end - b - 1] : 1;
+  const int64_t groups = (p1 - p0 + span - 1) / span;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t p = p0 + nth(g, groups, t % 2) * span;
+    panels(cell, t, b, end, p, p1 - p < span ? p1 - p : span, carried);
   }
 }
 
@@ -956,7 +978,7 @@ struct PanelCell {
   static void block(const PanelProduct<T>& f, int64_t r, int last) {
     Block<T, M, N> sum;
     sum.clear();
-    sum.product(f.a + r * f.lda, f.lda, {f.w, N * L<T>, 0}, f.K);
+    sum.product(f.a + r * f.lda, f.lda, {f.w, N * L<T>, 0}, f.K, /*backwards=*/false);
     if (f.start) sum.add(f.start + r * f.ld_start, f.ld_start, last);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -1073,8 +1095,10 @@ void linear_rows(const Linear<T>& f, int64_t b, int64_t n0, int64_t n1) {
 #else
   constexpr int N = M == 1 ? 8 : M == 4 ? 3 : 4;
 #endif
-  for (; n0 + N <= n1; n0 += N) linear_block<T, M, N>(f, b, n0);
-  for (; n0 < n1; ++n0) linear_block<T, M, 1>(f, b, n0);
+  const int64_t blocks = (n1 - n0) / N;
+  for (int64_t i = 0; i < blocks; ++i)
+    linear_block<T, M, N>(f, b, n0 + nth(i, blocks, f.backwards) * N);
+  for (int64_t n = n0 + blocks * N; n < n1; ++n) linear_block<T, M, 1>(f, b, n);
 }
 
 // Weight rows in strips that stay in the first-level cache while all rows of x pass by.
@@ -1083,7 +1107,9 @@ void linear(const Linear<T>& f, int64_t n0, int64_t n1) {
   constexpr int64_t kBytes = 16 << 10;
   const int64_t fitting = kBytes / (int64_t(sizeof(T)) * f.K) / 24 * 24;
   const int64_t strip = f.batch <= 4 ? n1 - n0 : fitting < 24 ? 24 : fitting;
-  for (int64_t n = n0; n < n1; n += strip) {
+  const int64_t strips = (n1 - n0 + strip - 1) / strip;
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t n = n0 + nth(i, strips, f.backwards) * strip;
     const int64_t end = n1 - n < strip ? n1 : n + strip;
     int64_t b = 0;
     for (; b + 4 <= f.batch; b += 4) linear_rows<T, 4>(f, b, n, end);
