@@ -74,11 +74,11 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
-// Multiply-adds. Below so many in all, a second thread costs more (about 4 us to wake) than it
-// brings; below so many a step, meeting at its end (about 0.2 us) does.
-inline constexpr int64_t kWorkPerThread = 200'000, kWorkPerMeeting = 16'000;
-// Fewer rows than these reuse a loaded weight too little (of AMX's tiles: half of one).
-inline constexpr int64_t kRowsPerThread = 4, kTileRowsPerThread = 9;
+// In multiply-adds, which take as long: waking a thread, about 4 us, and so what each is given at least;
+// a meeting of threads; a byte fetched from another core, 64 of them 12 ns. Of tiles, which are loaded
+// many lines at a time, meetings and bytes apart, as measured.
+inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000, kFetchedByte = 16;
+inline constexpr int64_t kTileMeeting = 64'000, kTileFetchedByte = 4;
 
 // Whether products of T are AMX's.
 template <class T>
@@ -91,11 +91,18 @@ template <class T>
 int64_t as_work(int64_t multiply_adds) {
   return in_tiles<T>() ? multiply_adds / 8 : multiply_adds;
 }
-// A row of a step: sums of K terms, and their activation.
+// A step of some rows: sums of K terms for H units, and their activation. One row uses a loaded weight
+// too little, and takes as long as two; a tile has sixteen.
 template <class T>
-int64_t work_of_row(int64_t K, int64_t H) {
-  return as_work<T>(H * K) + H * (in_tiles<T>() ? 32 : 16);
+int64_t work_of_step(int64_t rows, int64_t K, int64_t H) {
+  if (in_tiles<T>()) return as_work<T>((rows + 15) / 16 * 16 * H * K) + 32 * rows * H;
+  return std::max<int64_t>(rows, 2) * H * K + 16 * rows * H;
 }
+
+// Among how many threads the rows of a walk are divided, or its panels.
+struct Sharing {
+  int64_t rows = 1, panels = 1;
+};
 
 // Where the steps lie, and the storage that a Walk points into.
 struct Steps {
@@ -210,43 +217,56 @@ struct Steps {
     }
   }
 
-  // Runs loop(share) over all rows and panels of a walk whose steps are sums of K terms, divided so
-  // that every thread has as much to do: by rows, which then never meet; where the rows are too few
-  // to fill a register block in every thread, by panels of the H hidden units, the threads meeting
-  // after each step.
-  template <class T, class F>
-  void parallel(const Walk& part, int64_t K, int64_t H, const F& loop) const {
-    const int64_t B = walk.live(part.begin), rows = row(part.end) - row(part.begin);
-    const int64_t work_per_row = work_of_row<T>(K, H), panels = panels_of<T>(H);
-    Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
+  // How threads divide a walk whose steps are sums of K terms, whichever is estimated to take least
+  // (notes/cpu.md, "Threads"): by rows, which never meet, but read weights that another has packed; or
+  // by panels of the H hidden units, each packing its own, and meeting after each step for the rest of
+  // the state; or not at all.
+  template <class T>
+  Sharing sharing(const Walk& part, int64_t K, int64_t H) const {
+    const int64_t B = walk.live(part.begin), steps = part.end - part.begin;
+    const int64_t live = (row(part.end) - row(part.begin) + steps - 1) / steps;  // on average
+    const int64_t panels = panels_of<T>(H), bytes = sizeof(T);
+    const int64_t meeting = in_tiles<T>() ? kTileMeeting : kMeeting;
+    const int64_t fetched = in_tiles<T>() ? kTileFetchedByte : kFetchedByte;
+    const auto step = [&](int64_t rows) { return work_of_step<T>(rows, K, H); };
+    const int64_t alone = steps * step(live);
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const int64_t worth = std::max<int64_t>(rows * work_per_row / kWorkPerThread, 1);
-    const int64_t parts = std::min(threads, worth);
-    const int64_t rows_per_thread = in_tiles<T>() ? kTileRowsPerThread : kRowsPerThread;
-    const bool few_rows = parts > 1 && B < rows_per_thread * parts;
-    const int64_t work_per_meeting = in_tiles<T>() ? 4 * kWorkPerMeeting : kWorkPerMeeting;
+    const int64_t parts = std::min(threads, alone / kWorkPerThread);
+    if (parts <= 1) return {};
+    const int64_t by_rows = std::min(parts, B);
+    const int64_t rows_time =
+        kWorkPerThread + K * H * bytes * fetched + steps * step((live + by_rows - 1) / by_rows);
     // No more than can run at once: the others would wait for a processor at every meeting.
-    const int64_t meeting =
-        few_rows ? std::min({parts, panels, B * work_per_row / work_per_meeting,
-                             int64_t(omp_get_num_procs())})
-                 : 1;
+    const int64_t by_panels = std::min({parts, panels, int64_t(omp_get_num_procs())});
+    const int64_t most = (panels + by_panels - 1) / by_panels;
+    const int64_t panels_time =
+        kWorkPerThread +
+        steps * (step(live) * most / panels + meeting + live * H * bytes * fetched);
+    if (std::min(rows_time, panels_time) >= alone) return {};
+    return rows_time <= panels_time ? Sharing{.rows = by_rows} : Sharing{.panels = by_panels};
+  }
+
+  // Runs loop(share) over all rows and panels of a walk.
+  template <class T, class F>
+  void parallel(const Walk& part, Sharing sharing, int64_t H, const F& loop) const {
+    const int64_t B = walk.live(part.begin), rows = row(part.end) - row(part.begin);
+    const int64_t panels = panels_of<T>(H), meeting = sharing.panels, ranges = sharing.rows;
+    const Share all{.b0 = 0, .b1 = B, .p0 = 0, .p1 = panels};
     if (meeting > 1) {
-      Barrier barrier(meeting);
+      std::vector<Barrier::Party> parties(meeting);
+      Barrier barrier(parties.data(), meeting);
       at::parallel_for(0, meeting, 1, [&](int64_t begin, int64_t end) {
         Share share = all;
         share.p0 = panels * begin / meeting;
         share.p1 = panels * end / meeting;
         share.barrier = &barrier;
-        share.parties = end - begin;  // more than one where fewer threads came than were asked for
+        share.party0 = begin;
+        share.party1 = end;  // more than one where fewer threads came than were asked for
         loop(share);
       });
       return;
     }
-    if (parts <= 1 || B <= 1) {
-      loop(all);
-      return;
-    }
-    const int64_t ranges = std::min(parts, B);
+    if (ranges <= 1) return loop(all);
     std::vector<int64_t> bounds(ranges + 1, B);
     bounds[0] = 0;
     if (!packed()) {
@@ -424,16 +444,25 @@ class Packing {
   const Stored* weights_;
 };
 
-// All panels, shared out where there are many; returns where they begin, and moves `space` on.
+// All panels: where threads divide them, each packs those that it will read, else they are shared
+// out where there are many. Returns where they begin, and moves `space` on.
 template <class T, class Stored = T>
-const T* pack_into(T*& space, const Tensor& w, bool transposed) {
+const T* pack_into(T*& space, const Tensor& w, bool transposed, Sharing sharing) {
   const Packing<T, Stored> packing(w, transposed);
   T* packed = space;
   constexpr int64_t kWeightsPerThread = 16384;  // 10 us of packing
-  const int64_t panels = panels_of<T>(packing.N);
-  at::parallel_for(
-      0, panels, kWeightsPerThread / (packing.K * time_loop<T>().panel_columns) + 1,
-      [&](int64_t begin, int64_t end) { packing.pack(begin, end, packed + packing.size(begin)); });
+  const int64_t panels = panels_of<T>(packing.N), parties = sharing.panels;
+  const auto pack = [&](int64_t begin, int64_t end) {
+    packing.pack(begin, end, packed + packing.size(begin));
+  };
+  if (parties > 1) {
+    at::parallel_for(0, parties, 1, [&](int64_t begin, int64_t end) {
+      pack(panels * begin / parties, panels * end / parties);
+    });
+  } else {
+    at::parallel_for(0, panels, kWeightsPerThread / (packing.K * time_loop<T>().panel_columns) + 1,
+                     pack);
+  }
   space += packing.size(panels);
   return packed;
 }

@@ -40,9 +40,9 @@ int64_t part_of(int64_t all, int64_t most) {
   return std::max<int64_t>((all + parts - 1) / parts, 1);
 }
 
-const float* pack_widened(float*& space, const Tensor& w, bool transposed) {
+const float* pack_widened(float*& space, const Tensor& w, bool transposed, Sharing sharing) {
   return AT_DISPATCH_REDUCED_FLOATING_TYPES(w.scalar_type(), "rnnfast::rnn_layer", [&] {
-    return pack_into<float, scalar_t>(space, w, transposed);
+    return pack_into<float, scalar_t>(space, w, transposed, sharing);
   });
 }
 
@@ -176,11 +176,12 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
       input.scalar_type(), "rnnfast::rnn_layer",
       [&] { return pack_bias_into<float, scalar_t>(space, layer); });
-  if (T > 1) f.w_hh = pack_widened(space, layer.w_hh, true);
+  const Sharing sharing = steps.sharing<float>(f.walk, fused ? I + H : H, H);
+  if (T > 1) f.w_hh = pack_widened(space, layer.w_hh, true, sharing);
   if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
   if (fused) {
     f.input_size = I;
-    f.w_ih = pack_widened(space, layer.w_ih, true);
+    f.w_ih = pack_widened(space, layer.w_ih, true, sharing);
     f.bias = bias;
   }
   const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
@@ -202,8 +203,8 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
       const Rows<float> x_rows = stretches.addressed(wide_x, range, false);
       f.x = Rows<const float>{x_rows.data, x_rows.stride_t, x_rows.stride_b};
       f.out = stretches.addressed(wide_out, range, true);
-      steps.parallel<float>(f.walk, H + f.input_size, H,
-                     [&](const Share& share) { loop.forward(f, share); });
+      steps.parallel<float>(f.walk, steps.sharing<float>(f.walk, H + f.input_size, H), H,
+                            [&](const Share& share) { loop.forward(f, share); });
     } else {
       if (h0) add_widened_linear(z, *h0, layer.w_hh, spare / 2);
       at::parallel_for(0, z.numel(), 16384, [&](int64_t begin, int64_t end) {
@@ -233,7 +234,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     f.walk = steps.walk;
     f.hidden_size = H;
     f.relu = relu;
-    if (T > 1) f.w_hh = pack_widened(space, w_hh, false);
+    if (T > 1) f.w_hh = pack_widened(space, w_hh, false, steps.sharing<float>(f.walk, H, H));
     const OptionalTensor g_n = widened(grad_h_n);
     if (g_n) f.grad_h_n = Rows<const float>{g_n->const_data_ptr<float>(), 0, H};
     const Tensor wide_out = stretches.buffer(H, false), wide_dz = stretches.buffer(H, true);
@@ -253,8 +254,8 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
         widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }
-      steps.parallel<float>(f.walk, H, H,
-                     [&](const Share& share) { loop.backward(f, share); });
+      steps.parallel<float>(f.walk, steps.sharing<float>(f.walk, H, H), H,
+                            [&](const Share& share) { loop.backward(f, share); });
       dz_s.copy_(rows.view(dz_s.sizes()));
       if (need_b) d_b = d_b.defined() ? d_b.add_(rows.sum(0)) : rows.sum(0);
     }

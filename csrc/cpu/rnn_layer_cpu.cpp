@@ -178,10 +178,10 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
   if (steps.walk.seq_len == 1) return forward_step(steps, layer, f);
   Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
   T* space = packed.data();
-  f.w_hh = pack_into(space, layer.w_hh, true);
-  if (fused) f.w_ih = pack_into(space, layer.w_ih, true);
-  steps.parallel<T>(f.walk, H + f.input_size, H,
-                    [&](const Share& share) { loop.forward(f, share); });
+  const Sharing sharing = steps.sharing<T>(f.walk, H + f.input_size, H);
+  f.w_hh = pack_into(space, layer.w_hh, true, sharing);
+  if (fused) f.w_ih = pack_into(space, layer.w_ih, true, sharing);
+  steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.forward(f, share); });
 }
 
 // -------------------------------------------------------------------------------------- backward
@@ -261,7 +261,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   }
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
-  f.w_hh = pack_into(space, w_hh, false);
+  f.w_hh = pack_into(space, w_hh, false, steps.sharing<T>(f.walk, H, H));
   const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
   const Tensor dz = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
@@ -269,7 +269,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     stretches.carry(dz, i);
     std::tie(f.walk.begin, f.walk.end) = range;
     f.dz = stretches.addressed(dz, range, true);
-    steps.parallel<T>(f.walk, H, H,
+    steps.parallel<T>(f.walk, steps.sharing<T>(f.walk, H, H), H,
                       [&](const Share& share) { loop.backward(f, share); });
     if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));

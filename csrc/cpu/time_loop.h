@@ -145,42 +145,47 @@ struct PanelProduct {
   int64_t ldc = 0;
 };
 
-// Where the threads that share a step wait for each other. They spin, since a step takes
-// microseconds; after some of those, which the partner may need the processor for, they give way.
+// Where the threads that share a step wait for each other: each says in a line of its own how often it
+// has arrived, and reads the others', which takes a line from core to core once. They spin, since a
+// step takes microseconds; after some of those, which the partner may need the processor for, they
+// give way.
 class Barrier {
  public:
-  explicit Barrier(int64_t parties) : parties_(parties) {}
+  struct alignas(128) Party {  // two lines: the next is fetched along
+    int64_t arrivals = 0;
+  };
+  Barrier(Party* parties, int64_t count) : parties_(parties), count_(count) {}
 
-  // Returns when all parties have arrived; the caller stands for `count` of them.
-  void arrive_and_wait(int64_t count) {
-    const int64_t phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived_, count, __ATOMIC_ACQ_REL) == parties_) {
-      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
-      return;
+  // Returns when all parties have arrived as often as the caller, which stands for [begin, end).
+  void arrive_and_wait(int64_t begin, int64_t end) {
+    const int64_t arrivals = parties_[begin].arrivals + 1;
+    for (int64_t i = begin; i < end; ++i) {
+      __atomic_store_n(&parties_[i].arrivals, arrivals, __ATOMIC_RELEASE);
     }
-    for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
-      if (spins > 100) sched_yield();
+    int spins = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      while (__atomic_load_n(&parties_[i].arrivals, __ATOMIC_ACQUIRE) < arrivals) {
+        if (++spins > 100) sched_yield();
 #if defined(__x86_64__)
-      __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
+      }
     }
   }
 
  private:
-  const int64_t parties_;
-  alignas(64) int64_t arrived_ = 0;
-  alignas(64) int64_t phase_ = 0;
+  Party* parties_;
+  int64_t count_;
 };
 
 // What one thread computes of every step: rows [b0, b1), of them the panels [p0, p1) of
 // `panel_columns` hidden units. Shares of different rows are independent; shares of different
-// panels of the same rows meet at the barrier, as `parties` of it.
+// panels of the same rows meet at the barrier, as parties [party0, party1) of it.
 struct Share {
   int64_t b0 = 0, b1 = 0;
   int64_t p0 = 0, p1 = 0;
   Barrier* barrier = nullptr;
-  int64_t parties = 1;
+  int64_t party0 = 0, party1 = 1;
 };
 
 // The entry points of one instruction set.

@@ -836,7 +836,7 @@ void walk_rows(Cell cell, int64_t b0, int64_t b1, const Share& share) {
     step(cell, t, carried, alive, share.p0, share.p1, nullptr);
     if (share.barrier) {
       finish_all(cell);
-      share.barrier->arrive_and_wait(share.parties);
+      share.barrier->arrive_and_wait(share.party0, share.party1);
     }
     visited = alive;
     t_last = t;
