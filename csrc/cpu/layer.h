@@ -74,9 +74,9 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
-// In multiply-adds, which take as long: waking a thread, about 4 us, and so what each is given at least;
-// a meeting of threads; a byte fetched from another core, 64 of them 12 ns. Of tiles, which are loaded
-// many lines at a time, meetings and bytes apart, as measured.
+// In multiply-adds that take as long: waking a thread, about 4 us, and so what each is given at least;
+// a meeting of threads; a byte fetched from another core, 64 of them 12 ns. For tiles, which load many
+// lines at a time, measured apart.
 inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000, kFetchedByte = 16;
 inline constexpr int64_t kTileMeeting = 64'000, kTileFetchedByte = 4;
 
