@@ -278,6 +278,18 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
 
 // ------------------------------------------------------------------------------------- gradients
 
+// Into how many parts the rows are divided, each summed by a thread of its own, and the sums added up at
+// the end; or one, if it takes less that threads divide the rows of a gradient, where each fetches all
+// of dz, x and h from where they were written. The sums are of half as many numbers as dz at most.
+template <class T>
+int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
+  const int64_t work = as_work<T>(H * (I + H)), fetching = (2 * H + I) * sizeof(T) * kFetchedByte;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t most = std::min(threads, rows * work / kWorkPerThread);
+  const int64_t parts = std::min(most, rows / (2 * (I + H)));
+  return parts > 1 && (work + fetching) / parts < work / most + fetching ? parts : 1;
+}
+
 // Those that output_mask asks for, summed over stretches of dz: d_x = dz W_ih, d_h = dz_first W_hh,
 // d_w_ih = sum dz x^T, d_w_hh = sum dz h_before^T and d_b = sum dz.
 template <class T>
@@ -293,6 +305,9 @@ class GradientSums {
     own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
     own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_);
     by_blocks_ = !std::is_same_v<T, Sum<T>> && !worth_wide_sums<T>(steps, I_, H_);
+    if ((own_w_ih_ || own_w_hh_) && !by_blocks_) parts_ = parts_of_rows<T>(steps.rows, I_, H_);
+    w_hh_at_ = own_w_ih_ ? H_ * I_ : 0;
+    b_at_ = w_hh_at_ + (own_w_hh_ ? H_ * H_ : 0);
     out_ = own_w_hh_ ? evenly_spaced(adjacent_features(out)) : flat(out);
   }
 
@@ -305,6 +320,7 @@ class GradientSums {
       if (own_w_ih_ && !by_blocks_) d_w_ih_ = zeros({H_, I_}, kSums);
       if (own_w_hh_ && !by_blocks_) d_w_hh_ = zeros({H_, H_}, kSums);
       if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
+      if (parts_ > 1) others_ = zeros({parts_ - 1, b_at_ + H_}, kSums);
       if (need_x) d_x_ = empty(input_.sizes(), z.scalar_type());
     }
     if (need_x) {
@@ -337,11 +353,12 @@ class GradientSums {
       d_h = empty({steps_.walk.batch, H_}, z_first_.scalar_type());
       product_into<T>(d_h, Tensor(), z_first_, w_hh_);
     }
+    add_others();
     if (hx_ && own_w_hh_ && !by_blocks_) {
       const Tensor h0 = adjacent_features(*hx_);
       by_gradient_rows<T>(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
         Space<T> space(time_loop<T>().outer_sum_space(H_));
-        OuterSum<T> f = w_hh_sum(h0, space.data());
+        OuterSum<T> f = w_hh_sum(h0, data_of<Sum<T>>(d_w_hh_), space.data());
         f.rows = steps_.walk.batch;
         f.a = data_of<const T>(z_first_);
         f.b = data_of<const T>(h0);
@@ -365,13 +382,20 @@ class GradientSums {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
   }
 
-  OuterSum<T> w_hh_sum(const Tensor& h, T* space) const {
+  OuterSum<T> w_hh_sum(const Tensor& h, Sum<T>* c, T* space) const {
     OuterSum<T> f;
     f.lda = f.N = f.ldc = H_;
     f.ldb = row_stride(h);
-    f.c = data_of<Sum<T>>(d_w_hh_);
+    f.c = c;
     f.space = space;
     return f;
+  }
+
+  // Of a part of the rows: the first's is the gradient, the others' are `at` in a row of others_.
+  Sum<T>* sum_of(int64_t part, const Tensor& gradient, int64_t at) const {
+    if (!gradient.defined()) return nullptr;
+    return part == 0 ? data_of<Sum<T>>(gradient)
+                     : data_of<Sum<T>>(others_) + (part - 1) * others_.size(1) + at;
   }
 
   void add_own(int64_t begin, int64_t end, const Tensor& z) {
@@ -380,31 +404,64 @@ class GradientSums {
     if (own_w_ih_) x = evenly_spaced(adjacent_features(steps_.part(input_, begin, end)));
     const T* data = data_of<const T>(z);
     const int64_t rows = z.size(0), row = steps_.row(begin);
-    by_gradient_rows<T>(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+    // Rows [m0, m1) of the gradients, of rows [r0, r1) of z.
+    const auto sum = [&](int64_t part, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
       Space<T> space(std::max(own_w_ih_ ? loop.outer_sum_space(I_) : 0,
                               own_w_hh_ ? loop.outer_sum_space(H_) : 0));
       if (own_w_ih_) {
         OuterSum<T> f;
-        f.rows = rows;
+        f.rows = r1 - r0;
         f.lda = H_;
         f.N = f.ldc = I_;
-        f.a = data;
-        f.b = data_of<const T>(x);
+        f.a = data + r0 * H_;
         f.ldb = row_stride(x);
-        f.c = data_of<Sum<T>>(d_w_ih_);
-        f.column_sums = d_b_.defined() ? data_of<Sum<T>>(d_b_) : nullptr;
+        f.b = data_of<const T>(x) + r0 * f.ldb;
+        f.c = sum_of(part, d_w_ih_, 0);
+        f.column_sums = sum_of(part, d_b_, b_at_);
         f.space = space.data();
         loop.outer_sum(f, m0, m1);
       }
       if (!own_w_hh_) return;
-      OuterSum<T> f = w_hh_sum(out_, space.data());
+      OuterSum<T> f = w_hh_sum(out_, sum_of(part, d_w_hh_, w_hh_at_), space.data());
       steps_.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
-        f.rows = n;
-        f.a = data + (at - row) * H_;
-        f.b = data_of<const T>(out_) + before * f.ldb;
+        const int64_t first = std::max(at - row, r0), last = std::min(at - row + n, r1);
+        if (first >= last) return;
+        f.rows = last - first;
+        f.a = data + first * H_;
+        f.b = data_of<const T>(out_) + (before + first - (at - row)) * f.ldb;
         loop.outer_sum(f, m0, m1);
       });
+    };
+    if (parts_ == 1) {
+      return by_gradient_rows<T>(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+        sum(0, m0, m1, 0, rows);
+      });
+    }
+    at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        sum(part, 0, H_, rows * part / parts_, rows * (part + 1) / parts_);
+      }
     });
+  }
+
+  // The sums of the other parts to the first's.
+  void add_others() {
+    if (!others_.defined()) return;
+    const auto add = [&](const Tensor& gradient, int64_t at) {
+      if (!gradient.defined()) return;
+      constexpr int64_t kGrain = 16384;
+      at::parallel_for(0, gradient.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        Sum<T>* to = sum_of(0, gradient, at);
+        for (int64_t part = 1; part < parts_; ++part) {
+          const Sum<T>* from = sum_of(part, gradient, at);
+          for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+        }
+      });
+    };
+    if (own_w_ih_) add(d_w_ih_, 0);
+    if (own_w_hh_) add(d_w_hh_, w_hh_at_);
+    if (own_w_ih_) add(d_b_, b_at_);
+    others_.reset();
   }
 
   // Of all steps, whose dz is z, a block of a gradient's rows at a time.
@@ -499,7 +556,10 @@ class GradientSums {
   const int64_t I_, H_;
   std::array<bool, 5> need_;
   bool own_w_ih_, own_w_hh_, by_blocks_, begun_ = false;
-  Tensor z_first_;  // [B, H], dz of each sequence's first step
+  int64_t parts_ = 1;  // of the rows, each summed by a thread
+  Tensor others_;      // [parts - 1, *]: in a row all sums of another part than the first
+  int64_t w_hh_at_, b_at_;  // where in it those of W_hh and of the bias begin
+  Tensor z_first_;          // [B, H], dz of each sequence's first step
   Tensor d_x_, d_w_ih_, d_w_hh_, d_b_;
 };
 
