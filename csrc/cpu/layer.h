@@ -80,6 +80,13 @@ int64_t panels_of(int64_t H) {
 inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000, kFetchedByte = 16;
 inline constexpr int64_t kTileMeeting = 64'000, kTileFetchedByte = 4;
 
+// Threads worth starting for so much work: no more than can run at once.
+inline int64_t threads_for(int64_t work) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t worth = std::min(threads, work / kWorkPerThread);
+  return worth > 1 ? std::min<int64_t>(worth, omp_get_num_procs()) : 1;
+}
+
 // Whether products of T are AMX's.
 template <class T>
 bool in_tiles() {
@@ -230,14 +237,12 @@ struct Steps {
     const int64_t fetched = in_tiles<T>() ? kTileFetchedByte : kFetchedByte;
     const auto step = [&](int64_t rows) { return work_of_step<T>(rows, K, H); };
     const int64_t alone = steps * step(live);
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const int64_t parts = std::min(threads, alone / kWorkPerThread);
-    if (parts <= 1) return {};
+    const int64_t parts = threads_for(alone);
+    if (parts == 1) return {};
     const int64_t by_rows = std::min(parts, B);
     const int64_t rows_time =
         kWorkPerThread + K * H * bytes * fetched + steps * step((live + by_rows - 1) / by_rows);
-    // No more than can run at once: the others would wait for a processor at every meeting.
-    const int64_t by_panels = std::min({parts, panels, int64_t(omp_get_num_procs())});
+    const int64_t by_panels = std::min(parts, panels);
     const int64_t most = (panels + by_panels - 1) / by_panels;
     const int64_t panels_time =
         kWorkPerThread +

@@ -284,8 +284,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
 template <class T>
 int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
   const int64_t work = as_work<T>(H * (I + H)), fetching = (2 * H + I) * sizeof(T) * kFetchedByte;
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t most = std::min(threads, rows * work / kWorkPerThread);
+  const int64_t most = threads_for(rows * work);
   const int64_t parts = std::min(most, rows / (2 * (I + H)));
   return parts > 1 && (work + fetching) / parts < work / most + fetching ? parts : 1;
 }
