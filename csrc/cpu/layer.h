@@ -240,8 +240,9 @@ struct Steps {
     const int64_t parts = threads_for(alone);
     if (parts == 1) return {};
     const int64_t by_rows = std::min(parts, B);
+    const int64_t weights = K * H * bytes * fetched * steps / walk.seq_len;  // fetched once a walk
     const int64_t rows_time =
-        kWorkPerThread + K * H * bytes * fetched + steps * step((live + by_rows - 1) / by_rows);
+        kWorkPerThread + weights + steps * step((live + by_rows - 1) / by_rows);
     const int64_t by_panels = std::min(parts, panels);
     const int64_t most = (panels + by_panels - 1) / by_panels;
     const int64_t panels_time =

@@ -278,9 +278,9 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
 
 // ------------------------------------------------------------------------------------- gradients
 
-// Into how many parts the rows are divided, each summed by a thread of its own, and the sums added up at
-// the end; or one, if it takes less that threads divide the rows of a gradient, where each fetches all
-// of dz, x and h from where they were written. The sums are of half as many numbers as dz at most.
+// Into how many parts the rows are divided, each summed by a thread of its own, and the sums added up
+// at the end; or one, if it takes less that threads divide the rows of a gradient, where each fetches
+// all of dz, x and h from where they were written. The sums are of half as many numbers as dz at most.
 template <class T>
 int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
   const int64_t work = as_work<T>(H * (I + H)), fetching = (2 * H + I) * sizeof(T) * kFetchedByte;
