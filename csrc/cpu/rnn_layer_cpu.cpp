@@ -314,20 +314,14 @@ class GradientSums {
   void add(int64_t begin, int64_t end, const Tensor& z) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
     const int64_t row = steps_.row(begin);
-    if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
-      begun_ = true;
-      if (own_w_ih_ && !by_blocks_) d_w_ih_ = zeros({H_, I_}, kSums);
-      if (own_w_hh_ && !by_blocks_) d_w_hh_ = zeros({H_, H_}, kSums);
-      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
-      if (parts_ > 1) others_ = zeros({parts_ - 1, b_at_ + H_}, kSums);
-      if (need_x) d_x_ = empty(input_.sizes(), z.scalar_type());
-    }
-    if (need_x) {
+    if (need_x) {  // before there are sums, which the packed weights would add to
+      if (!d_x_.defined()) d_x_ = empty(input_.sizes(), z.scalar_type());
       product_into<T>(flat(steps_.part(d_x_, begin, end)), Tensor(), z, w_ih_);
     }
     if (hx_ && (need_h || need_w_hh)) {
       if (steps_.rows == steps_.walk.batch) {  // a single step
         z_first_ = z;
+        add_d_h();
       } else {
         if (!z_first_.defined()) z_first_ = empty({steps_.walk.batch, H_}, z.scalar_type());
         steps_.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
@@ -335,23 +329,27 @@ class GradientSums {
         });
       }
     }
+    if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
+      begun_ = true;
+      if (own_w_ih_ && !by_blocks_) d_w_ih_ = zeros({H_, I_}, kSums);
+      if (own_w_hh_ && !by_blocks_) d_w_hh_ = zeros({H_, H_}, kSums);
+      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
+      if (parts_ > 1) others_ = zeros({parts_ - 1, b_at_ + H_}, kSums);
+    }
     if (own_w_ih_ || own_w_hh_) by_blocks_ ? sum_blocks(z) : add_own(begin, end, z);
     if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
     if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
     if (need_b && !own_w_ih_) {
-      const Tensor sum = z.sum(0, /*keepdim=*/false, kSums);
+      // Of another dtype than z's, the sum would be that of a copy.
+      const Tensor sum = by_blocks_ ? z.sum(0) : z.sum(0, /*keepdim=*/false, kSums);
       d_b_ = d_b_.defined() ? d_b_.add_(sum) : sum;
     }
   }
 
   // When every step has been added.
   Gradients take() {
-    const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
-    Tensor d_h;
-    if (hx_ && need_h) {
-      d_h = empty({steps_.walk.batch, H_}, z_first_.scalar_type());
-      product_into<T>(d_h, Tensor(), z_first_, w_hh_);
-    }
+    const bool need_w_hh = need_[3];
+    if (!d_h_.defined()) add_d_h();
     add_others();
     if (hx_ && own_w_hh_ && !by_blocks_) {
       const Tensor h0 = adjacent_features(*hx_);
@@ -371,7 +369,7 @@ class GradientSums {
       const bool wide = sum.defined() && sum.scalar_type() != out_.scalar_type();
       return wide ? sum.to(out_.scalar_type()) : sum;
     };
-    return {d_x_, d_h, stored(d_w_ih_), stored(d_w_hh_), stored(d_b_)};
+    return {d_x_, d_h_, stored(d_w_ih_), stored(d_w_hh_), stored(d_b_)};
   }
 
  private:
@@ -379,6 +377,13 @@ class GradientSums {
 
   static void add_product(Tensor& sum, const Tensor& z, const Tensor& x) {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
+  }
+
+  void add_d_h() {
+    const bool need_h = need_[1];
+    if (!hx_ || !need_h) return;
+    d_h_ = empty({steps_.walk.batch, H_}, z_first_.scalar_type());
+    product_into<T>(d_h_, Tensor(), z_first_, w_hh_);
   }
 
   OuterSum<T> w_hh_sum(const Tensor& h, Sum<T>* c, T* space) const {
@@ -559,7 +564,7 @@ class GradientSums {
   Tensor others_;      // [parts - 1, *]: in a row all sums of another part than the first
   int64_t w_hh_at_, b_at_;  // where in it those of W_hh and of the bias begin
   Tensor z_first_;          // [B, H], dz of each sequence's first step
-  Tensor d_x_, d_w_ih_, d_w_hh_, d_b_;
+  Tensor d_x_, d_h_, d_w_ih_, d_w_hh_, d_b_;
 };
 
 bool is_16bit(const Tensor& x) {
