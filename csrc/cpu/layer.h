@@ -80,10 +80,14 @@ int64_t panels_of(int64_t H) {
 inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000, kFetchedByte = 16;
 inline constexpr int64_t kTileMeeting = 64'000, kTileFetchedByte = 4;
 
-// Threads worth starting for so much work: no more than can run at once.
-inline int64_t threads_for(int64_t work) {
+// Threads worth starting for so much work, of those there are; and no more than can run at once, which
+// is a call of the system's, 0.2 us.
+inline int64_t threads_worth(int64_t work) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t worth = std::min(threads, work / kWorkPerThread);
+  return std::max<int64_t>(std::min(threads, work / kWorkPerThread), 1);
+}
+inline int64_t threads_for(int64_t work) {
+  const int64_t worth = threads_worth(work);
   return worth > 1 ? std::min<int64_t>(worth, omp_get_num_procs()) : 1;
 }
 
@@ -237,19 +241,23 @@ struct Steps {
     const int64_t fetched = in_tiles<T>() ? kTileFetchedByte : kFetchedByte;
     const auto step = [&](int64_t rows) { return work_of_step<T>(rows, K, H); };
     const int64_t alone = steps * step(live);
-    const int64_t parts = threads_for(alone);
-    if (parts == 1) return {};
-    const int64_t by_rows = std::min(parts, B);
-    const int64_t weights = K * H * bytes * fetched * steps / walk.seq_len;  // fetched once a walk
-    const int64_t rows_time =
-        kWorkPerThread + weights + steps * step((live + by_rows - 1) / by_rows);
-    const int64_t by_panels = std::min(parts, panels);
-    const int64_t most = (panels + by_panels - 1) / by_panels;
-    const int64_t panels_time =
-        kWorkPerThread +
-        steps * (step(live) * most / panels + meeting + live * H * bytes * fetched);
-    if (std::min(rows_time, panels_time) >= alone) return {};
-    return rows_time <= panels_time ? Sharing{.rows = by_rows} : Sharing{.panels = by_panels};
+    const auto best = [&](int64_t parts) -> Sharing {
+      if (parts == 1) return {};
+      const int64_t by_rows = std::min(parts, B);
+      const int64_t weights = K * H * bytes * fetched * steps / walk.seq_len;  // fetched once a walk
+      const int64_t rows_time =
+          kWorkPerThread + weights + steps * step((live + by_rows - 1) / by_rows);
+      const int64_t by_panels = std::min(parts, panels);
+      const int64_t most = (panels + by_panels - 1) / by_panels;
+      const int64_t panels_time =
+          kWorkPerThread +
+          steps * (step(live) * most / panels + meeting + live * H * bytes * fetched);
+      if (std::min(rows_time, panels_time) >= alone) return {};
+      return rows_time <= panels_time ? Sharing{.rows = by_rows} : Sharing{.panels = by_panels};
+    };
+    // A small call is not worth sharing by any number of threads, and need not ask for it.
+    const Sharing wished = best(threads_worth(alone));
+    return wished.rows == 1 && wished.panels == 1 ? wished : best(threads_for(alone));
   }
 
   // Runs loop(share) over all rows and panels of a walk.

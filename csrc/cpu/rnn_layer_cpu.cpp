@@ -261,7 +261,8 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   }
   Space<T> packed(loop.packed_size(H, H));
   T* space = packed.data();
-  f.w_hh = pack_into(space, w_hh, false, steps.sharing<T>(f.walk, H, H));
+  Sharing sharing = steps.sharing<T>(f.walk, H, H);
+  f.w_hh = pack_into(space, w_hh, false, sharing);
   const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
   const Tensor dz = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
@@ -269,8 +270,8 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     stretches.carry(dz, i);
     std::tie(f.walk.begin, f.walk.end) = range;
     f.dz = stretches.addressed(dz, range, true);
-    steps.parallel<T>(f.walk, steps.sharing<T>(f.walk, H, H), H,
-                      [&](const Share& share) { loop.backward(f, share); });
+    if (stretches.ranges().size() > 1) sharing = steps.sharing<T>(f.walk, H, H);
+    steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.backward(f, share); });
     if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));
   }
@@ -284,8 +285,10 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
 template <class T>
 int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
   const int64_t work = as_work<T>(H * (I + H)), fetching = (2 * H + I) * sizeof(T) * kFetchedByte;
+  const int64_t fitting = rows / (2 * (I + H));
+  if (fitting <= 1) return 1;
   const int64_t most = threads_for(rows * work);
-  const int64_t parts = std::min(most, rows / (2 * (I + H)));
+  const int64_t parts = std::min(most, fitting);
   return parts > 1 && (work + fetching) / parts < work / most + fetching ? parts : 1;
 }
 
