@@ -75,9 +75,10 @@ int64_t panels_of(int64_t H) {
 }
 
 // In multiply-adds that take as long: waking a thread, about 4 us, and so what each is given at least;
-// a meeting of threads; a byte fetched from another core, 64 of them 12 ns. For tiles, which load many
-// lines at a time, measured apart.
-inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000, kFetchedByte = 16;
+// a meeting of threads; a byte fetched from another core, 64 of them 12 ns; a number packed, 0.16 ns.
+// For tiles, which load many lines at a time, measured apart.
+inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000;
+inline constexpr int64_t kFetchedByte = 16, kPacking = 16;
 inline constexpr int64_t kTileMeeting = 64'000, kTileFetchedByte = 4;
 
 // Threads worth starting for so much work, of those there are; and no more than can run at once, which
@@ -114,6 +115,10 @@ int64_t work_of_step(int64_t rows, int64_t K, int64_t H) {
 struct Sharing {
   int64_t rows = 1, panels = 1;
 };
+
+// Whether so many weights are packed by each thread for itself, in each of so many walks: that takes
+// less than to fetch what another has packed, and than to wake threads once more.
+inline bool each_packs(int64_t weights, int64_t walks = 1) { return weights * walks <= 32768; }
 
 // Where the steps lie, and the storage that a Walk points into.
 struct Steps {
@@ -229,9 +234,9 @@ struct Steps {
   }
 
   // How threads divide a walk whose steps are sums of K terms, whichever is estimated to take least
-  // (notes/cpu.md, "Threads"): by rows, which never meet, but read weights that another has packed; or
-  // by panels of the H hidden units, each packing its own, and meeting after each step for the rest of
-  // the state; or not at all.
+  // (notes/cpu.md, "Threads"): by rows, which never meet, but if the weights are many read those that
+  // another has packed; or by panels of the H hidden units, each packing its own, and meeting after each
+  // step for the rest of the state; or not at all.
   template <class T>
   Sharing sharing(const Walk& part, int64_t K, int64_t H) const {
     const int64_t B = walk.live(part.begin), steps = part.end - part.begin;
@@ -244,9 +249,11 @@ struct Steps {
     const auto best = [&](int64_t parts) -> Sharing {
       if (parts == 1) return {};
       const int64_t by_rows = std::min(parts, B);
-      const int64_t weights = K * H * bytes * fetched * steps / walk.seq_len;  // fetched once a walk
-      const int64_t rows_time =
-          kWorkPerThread + weights + steps * step((live + by_rows - 1) / by_rows);
+      // The weights, once a walk. If each thread packs them, as one alone would, it is a margin: calls
+      // of 10 us lose more by threads that are far from each other than they gain by near ones.
+      const int64_t weights = K * H * (each_packs(K * H) ? kPacking : bytes * fetched);
+      const int64_t rows_time = kWorkPerThread + weights * steps / walk.seq_len +
+                                steps * step((live + by_rows - 1) / by_rows);
       const int64_t by_panels = std::min(parts, panels);
       const int64_t most = (panels + by_panels - 1) / by_panels;
       const int64_t panels_time =
@@ -481,6 +488,16 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed, Sharing sharing)
   return packed;
 }
 
+// The panels of a share, to where they lie among all.
+template <class T, class Stored = T>
+const T* pack_into(T*& space, const Tensor& w, bool transposed, const Share& share) {
+  const Packing<T, Stored> packing(w, transposed);
+  T* packed = space;
+  packing.pack(share.p0, share.p1, packed + packing.size(share.p0));
+  space += packing.size(panels_of<T>(packing.N));
+  return packed;
+}
+
 // b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
 template <class T, class Stored = T>
 const T* pack_bias_into(T*& space, const Direction& layer) {
@@ -571,7 +588,6 @@ void add_linear(Rows<const T> x, const Tensor& w, int64_t batch, Rows<Sum<T>> z,
 // 128. K are the terms of a sum.
 template <class T, class F>
 void by_panels_or_rows(int64_t rows, int64_t K, int64_t N, const F& run) {
-  constexpr int64_t kPacking = 16;  // packing a number, in multiply-adds: 0.16 ns against 0.009
   const int64_t panels = panels_of<T>(N), work = as_work<T>(rows * K * N);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t most =

@@ -176,12 +176,22 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
     f.h0 = Rows<const T>{data_of<const T>(h0), 0, h0.stride(0)};
   }
   if (steps.walk.seq_len == 1) return forward_step(steps, layer, f);
-  Space<T> packed(loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0));
-  T* space = packed.data();
   const Sharing sharing = steps.sharing<T>(f.walk, H + f.input_size, H);
-  f.w_hh = pack_into(space, layer.w_hh, true, sharing);
-  if (fused) f.w_ih = pack_into(space, layer.w_ih, true, sharing);
-  steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.forward(f, share); });
+  const int64_t size = loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0);
+  const bool each = each_packs((H + f.input_size) * H);
+  const auto pack = [&](Forward<T>& f, T* space, const auto& share) {
+    f.w_hh = pack_into(space, layer.w_hh, true, share);
+    if (fused) f.w_ih = pack_into(space, layer.w_ih, true, share);
+  };
+  Space<T> packed(each ? 0 : size);
+  if (!each) pack(f, packed.data(), sharing);
+  steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) {
+    if (!each) return loop.forward(f, share);
+    Space<T> own(size);
+    Forward<T> with_own = f;
+    pack(with_own, own.data(), share);
+    loop.forward(with_own, share);
+  });
 }
 
 // -------------------------------------------------------------------------------------- backward
@@ -259,11 +269,15 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     g_h_n = adjacent_features(*grad_h_n);
     f.grad_h_n = Rows<const T>{data_of<const T>(g_h_n), 0, g_h_n.stride(0)};
   }
-  Space<T> packed(loop.packed_size(H, H));
-  T* space = packed.data();
-  Sharing sharing = steps.sharing<T>(f.walk, H, H);
-  f.w_hh = pack_into(space, w_hh, false, sharing);
   const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
+  Sharing sharing = steps.sharing<T>(f.walk, H, H);
+  const int64_t size = loop.packed_size(H, H);
+  const bool each = each_packs(H * H, stretches.ranges().size());
+  const auto pack = [&](T* space, const auto& share) {
+    return pack_into(space, w_hh, false, share);
+  };
+  Space<T> packed(each ? 0 : size);
+  if (!each) f.w_hh = pack(packed.data(), sharing);
   const Tensor dz = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
     const auto range = stretches.ranges()[i];
@@ -271,7 +285,13 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     std::tie(f.walk.begin, f.walk.end) = range;
     f.dz = stretches.addressed(dz, range, true);
     if (stretches.ranges().size() > 1) sharing = steps.sharing<T>(f.walk, H, H);
-    steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.backward(f, share); });
+    steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) {
+      if (!each) return loop.backward(f, share);
+      Space<T> own(size);
+      Backward<T> with_own = f;
+      with_own.w_hh = pack(own.data(), share);
+      loop.backward(with_own, share);
+    });
     if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));
   }
