@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from .cases import Case
-from .report import NN, OURS, Group, Run, geomean
+from .report import NN, OURS, Group, Run
 
 Values = Callable[[Run, Run | None], dict[str, float]]
 
@@ -43,11 +44,16 @@ class Bar:
             return [*line, "not measured", ""], {}
         cases = "1 case" if len(values) == 1 else f"{len(values)} cases"
         if self.mean:
-            mean = geomean(values.values())
-            return [*line, f"{mean:.3g} over {cases}", self._word(mean)], {}
+            mean = geometric_mean(values.values())
+            return [*line, f"{self.shown(mean)} over {cases}", self._word(mean)], {}
         worst = (max if self.at_most else min)(values.values())
         short = {case: v for case, v in values.items() if not self._holds(v)}
-        return [*line, f"{worst:.3g}, worst of {cases}", self._word(worst)], short
+        return [*line, f"{self.shown(worst)}, worst of {cases}", self._word(worst)], short
+
+    def shown(self, value: float) -> str:
+        """Three digits, or as many more as it takes not to round a miss to the bar."""
+        digits = (f"{value:.{n}g}" for n in range(3, 18))
+        return next(x for x in digits if self._holds(float(x)) == self._holds(value))
 
     def _holds(self, value: float) -> bool:
         return value <= self.bar if self.at_most else value >= self.bar

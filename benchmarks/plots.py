@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import matplotlib
@@ -13,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .report import NN, OURS, Group, Run, geomean
+from .report import NN, OURS, Group, Run
 
 WORKS = {"inference": "inference", "training": "training step"}
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and markers for print.
@@ -95,7 +96,7 @@ def _speedup(run: Run) -> Any:
         axis.minorticks_off()
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
-        axis.set_title(f"{title}: geometric mean {geomean(ours):.2f}" if ours else title)
+        axis.set_title(f"{title}: geometric mean {geometric_mean(ours):.2f}" if ours else title)
         axis.set_xlabel("times as fast as nn.RNN")
         axis.margins(y=0.01)
     axes[0].set_yticks(range(len(shapes)), shapes)

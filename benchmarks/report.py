@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from tabulate import tabulate  # type: ignore[import-untyped]
@@ -150,11 +151,6 @@ def sgemm_samples(records: Iterable[dict[str, Any]]) -> list[float]:
 # ---------------------------------------------------------------------------------------- tables
 
 
-def geomean(values: Iterable[float]) -> float:
-    """Geometric mean."""
-    return statistics.geometric_mean(values)
-
-
 def number_of(n: int, thing: str) -> str:
     """``"1 thread"``, ``"2 threads"``."""
     return f"{n} {thing}{'' if n == 1 else 's'}"
@@ -229,7 +225,7 @@ def readme_table(run: Run) -> str:
     for work in ("inference", "training"):
         pairs = ratios.get(work)
         if pairs:
-            of_nn, of_best = (geomean(p) for p in zip(*pairs, strict=True))
+            of_nn, of_best = (geometric_mean(p) for p in zip(*pairs, strict=True))
             mean += ["", "", f"**{of_nn:.2f}**", f"{of_best:.2f} times its speed"]
         else:
             mean += [""] * 4
@@ -283,8 +279,8 @@ def _times(run: Run, found: list[Group], names: list[str]) -> str:
         )
     grid = [g for work in ("inference", "training") for g in run.grid(work) if g in found]
     if grid:
-        of_nn = geomean(g.ratio(NN) for g in grid)
-        of_best = geomean(g.ratio(g.best_peer) for g in grid)
+        of_nn = geometric_mean(g.ratio(NN) for g in grid)
+        of_best = geometric_mean(g.ratio(g.best_peer) for g in grid)
         mean = [f"**{of_nn:.2f}**", f"{of_best:.2f}"]
         rows.append(["geometric mean without the sweeps", *[""] * len(names), *mean, "", ""])
     return markdown(rows, header)
@@ -316,8 +312,8 @@ def bar_table(runs: Sequence[Run]) -> str:
         parts += [f"### Bars, {run.title()}", markdown([line for line, _ in judged], header)]
         parts += [
             f"Short of *{line[0]}, {line[1]}*: "
-            + ", ".join(f"`{case}` {value:.3g}" for case, value in short.items())
-            for line, short in judged
+            + ", ".join(f"`{case}` {bar.shown(value)}" for case, value in short.items())
+            for bar, (line, short) in zip(BARS, judged, strict=True)
             if short
         ]
     return "\n\n".join(parts)

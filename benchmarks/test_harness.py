@@ -304,6 +304,15 @@ def test_bars_judge():
     assert "Short of *an epoch" in report.bar_table([made_up()])
 
 
+def test_a_miss_is_not_rounded_to_the_bar():
+    bar = bars.Bar("", lambda run, one: {}, 1.75, 1.95)
+    assert [bar.shown(x) for x in (1.746, 1.7499996, 1.75, 1.754)] == [
+        "1.746", "1.7499996", "1.75", "1.75",
+    ]  # fmt: skip
+    most = bars.Bar("", lambda run, one: {}, 1.0, 0.5, at_most=True)
+    assert [most.shown(x) for x in (0.9996, 1.0004)] == ["1", "1.0004"]
+
+
 def test_step_latency_is_in_units_of_320_cycles():
     case = Case("inference", 1, 1000, 64, 64)
     run = report.Run(results([record(case, "rnnfast", 1000 * 640 / 3.2e9)]))

@@ -1,6 +1,6 @@
 """The benchmarks: one test for each contender in each case; a group is a case.
 
-    pytest benchmarks/                                              a quick look, under 3 minutes
+    pytest benchmarks/                                              a quick look
     pytest benchmarks/ --full --threads 1 --benchmark-json=1.json   the grid, for benchmarks.report
     pytest benchmarks/ -k "training and 32x100x32x64"               some of it
     pytest benchmarks/ --benchmark-disable                          check the numbers, time nothing

@@ -45,7 +45,6 @@ def test_ratios_compare_with_nn_rnn_in_the_same_cell(tools):
     refused = asdict(cells[2]) | {"contender": "rnnfast triton", "refused": "too large"}
     rows += [*rows_of(cells[2:3], {"nn.RNN": 30.0}), refused]
     assert report.ratios(rows) == {("rnnfast cuda", cells[0]): 3.0}
-    assert report.geomean([1.0, 4.0]) == pytest.approx(2.0)
 
 
 def suggested(tools, cells, **ours):

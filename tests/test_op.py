@@ -361,9 +361,9 @@ def test_gradients_of_many_rows_are_summed_by_stretches(kind, reverse, I, hidden
     ],
     ids=["rows", "packed rows", "panels", "packed panels", "unpacked weights"],
 )
-def test_the_number_of_threads_changes_nothing(threads, reverse, size):
-    """Rows or hidden units are shared out, or a gradient's terms; a row in a lower block may be
-    summed in another order."""
+def test_threads_change_results_by_rounding_alone(threads, reverse, size):
+    """Rows or hidden units are shared out, or a gradient's terms; a row in a lower block, or those
+    terms, may be summed in another order."""
     B, T, I, H, lengths = size
     x, h, *weights = layer(T, B, I, H, torch.float32)
     batch_sizes = None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import statistics
 from dataclasses import fields
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from gpu_timing import PRECISIONS, WORKS, Cell
@@ -45,11 +44,6 @@ def ratios(rows: list[dict[str, Any]], figure: str = "median_us") -> Ratios:
     }
 
 
-def geomean(values: list[float]) -> float:
-    """The geometric mean."""
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
 def suggestions(found: Ratios, expected: list[Cell], capability: tuple[int, int]) -> list[str]:
     """Rows for GPU_WINS, the best first.
 
@@ -74,8 +68,8 @@ def suggestions(found: Ratios, expected: list[Cell], capability: tuple[int, int]
                 values = [r for H in covered for r in by_size[H]]
                 row = f'Win("{backend}", {capability}, torch.{dtype}, '
                 row += f"({covered[0]}, {covered[-1]}), packed={packed}),"
-                row += f"  # least {min(values):.2f}, geomean {geomean(values):.2f}"
-                rows.append((geomean(values), row))
+                row += f"  # least {min(values):.2f}, geomean {geometric_mean(values):.2f}"
+                rows.append((geometric_mean(values), row))
     return [row for _, row in sorted(rows, reverse=True)]
 
 
@@ -103,7 +97,8 @@ def summary(found: Ratios, expected: list[Cell]) -> Any:
         figures = []
         for work in WORKS:
             values = [ratio for c, ratio in part.items() if c.work == work]
-            figures += [f"{geomean(values):.2f}", f"{min(values):.2f}"] if values else ["", ""]
+            mean_and_least = [geometric_mean(values), min(values)] if values else []
+            figures += [f"{x:.2f}" for x in mean_and_least] or ["", ""]
         worst = min(part, key=lambda c: part[c])
         table.add_row(contender, f"{name} {'packed' if packed else 'dense'}", precision,
                       f"{len(part)} of {len(cells)}", *figures,
