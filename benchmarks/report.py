@@ -158,9 +158,11 @@ def number_of(n: int, thing: str) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    size, unit = (1e-6, "us") if seconds < 1e-3 else (1e-3, "ms") if seconds < 1 else (1, "s")
+    units = ((1, "s"), (1e-3, "ms"), (1e-6, "us"))
+    size, unit = next((u for u in units if seconds >= u[0]), units[-1])
     value = seconds / size
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    decimals = sum(value < bound for bound in (99.95, 9.995))
+    return f"{value:.{decimals}f} {unit}"
 
 
 def markdown(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:

@@ -164,12 +164,14 @@ _ROW = "{:27} {:20} {:10} {}"
 
 
 def _words(ranges: list[list[int | None]]) -> str:
+    def word(first: int | None, last: int | None) -> str:
+        if last is None:
+            return f"{first} on"
+        return f"{first}" if first == last else f"{first} to {last}"
+
     if ranges == [[1, None]]:
         return "any"
-    shown = [
-        f"{first}" if first == last else f"{first} on" if last is None else f"{first} to {last}"
-        for first, last in ranges[:3]
-    ]
+    shown = [word(*some) for some in ranges[:3]]
     return ", ".join(shown + ["..."] * (len(ranges) > 3))
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import triton_layer
+from . import dispatch, triton_layer
 
 __all__ = [
     "BACKENDS",
@@ -152,32 +152,37 @@ def _vmapped() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-def _why_not_cpu(input: Tensor, hidden_size: int | None = None) -> str | None:
-    if extension_error is not None:
+def _why_no_op() -> str | None:
+    """What keeps a call from torch.ops.rnnfast, whichever kernel of it is meant."""
+    if extension_error is not None:  # the extension defines the ops, and their autograd
         return extension_error
-    if not (input.is_cpu or input.is_meta):
-        return f"the input is on {input.device}, not on the CPU."
-    if input.dtype not in _CPU_DTYPES:
-        return f"{input.dtype} is none of float32, float64, bfloat16, float16."
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are the reference's."
     return None
 
 
+def _why_not_cpu(input: Tensor, hidden_size: int | None = None) -> str | None:
+    if (why := _why_no_op()) is not None:
+        return why
+    if not (input.is_cpu or input.is_meta):
+        return f"the input is on {input.device}, not on the CPU."
+    if input.dtype not in _CPU_DTYPES:
+        return f"{input.dtype} is none of float32, float64, bfloat16, float16."
+    return None
+
+
 def _why_not_cuda(input: Tensor, hidden_size: int | None = None) -> str | None:
-    if extension_error is not None:
-        return extension_error
-    if not triton_layer.has_compiled_kernels("CUDA"):
+    if (why := _why_no_op()) is not None:
+        return why
+    if not dispatch.has_compiled_kernels("CUDA"):
         return "the extension was built without CUDA kernels."
     if not input.is_cuda:
         return f"the input is on {input.device}, not on a CUDA device."
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are the reference's."
-    tf32 = triton_layer.tf32_allowed()
+    tf32 = dispatch.tf32_allowed()
     return _why_not_cuda_on(input.get_device(), input.dtype, hidden_size or 1, tf32)
 
 
-@triton_layer.constant_in_a_graph
+@dispatch.constant_in_a_graph
 @cache
 def _why_not_cuda_on(device: int, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str | None:
     return why_not_cuda(torch.ops.rnnfast._cuda_why_not, device, dtype, hidden_size)
@@ -202,10 +207,8 @@ def why_not_cuda(
 
 
 def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None:
-    if extension_error is not None:  # it defines the op, and the op's autograd
-        return extension_error
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are the reference's."
+    if (why := _why_no_op()) is not None:
+        return why
     return triton_layer.why_not(input, hidden_size)
 
 
@@ -313,6 +316,13 @@ def backend(name: str) -> Iterator[None]:
 def forced() -> str | None:
     """The name of the backend that is forced, or None."""
     return _forced
+
+
+def runs(name: str) -> dispatch.IsOurs:
+    """Whether this backend is the one for a call, as a question to be asked of calls."""
+    return lambda input, hidden_size, packed: (
+        (_forced or chosen(input, hidden_size, packed)) == name
+    )
 
 
 def chosen(input: Tensor, hidden_size: int | None = None, packed: bool = False) -> str:

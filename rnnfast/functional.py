@@ -15,7 +15,6 @@ from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
 
-_COMPILED = ("cpu", "cuda", "triton")  # kernels of torch.ops.rnnfast.rnn_layer
 _Layer = Callable[..., tuple[Tensor, Tensor]]
 
 # Looked up once, and called without OpOverload.__call__, a plain Python wrapper: each saves 3 % of
@@ -113,7 +112,7 @@ def rnn(
         own = weights[layer * directions * per_layer : (layer + 1) * directions * per_layer]
         first = layer * directions
         if bidirectional and backend != "reference":
-            state = None if hx is None else hx[first : first + 2] if num_layers > 1 else hx
+            state = hx if hx is None or num_layers == 1 else hx[first : first + 2]
             x, h_n = torch.ops.rnnfast.rnn_bidirectional_layer.default(
                 x, state, own, batch_sizes, nonlinearity
             )
@@ -146,7 +145,8 @@ def rnn(
 
 def takes_whole_calls(backend: str) -> bool:
     """Whether one C++ op runs the whole call; a trace gets one op per layer."""
-    return backend in _COMPILED and not (is_compiling() or _get_tracing_state())
+    has_op = backend not in ("torch", "reference")
+    return has_op and not (is_compiling() or _get_tracing_state())
 
 
 def _torch_rnn(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference, triton_layer
+from . import backends, reference, triton_layer
 
 
 def _fake_rnn_layer(
@@ -139,4 +139,4 @@ def register() -> None:
             ("_rnn_layer_double_backward", reference.rnn_layer_double_backward),
         ):
             _library.impl(name, composite, key)  # type: ignore[no-untyped-call]
-    triton_layer.register(_library)
+    triton_layer.register(_library, backends.runs("triton"))

@@ -216,17 +216,10 @@ def rnn_layer(
     else:
         steps = list(torch.split(projected, _sizes_of(input, hx, batch_sizes)))
 
-    h = steps[0].new_empty((0, w_hh.shape[0])) if hx is None else hx[:0]
+    start = steps[0].new_zeros(steps[0].shape) if hx is None else hx
+    h = start[:0]
     for t in _order(len(steps), reverse):
-        live = steps[t].shape[0]
-        carried = h[:live]
-        if carried.shape[0] < live:  # sequences that start at this step
-            begin = carried.shape[0]
-            start = (
-                steps[t].new_zeros((live - begin, w_hh.shape[0])) if hx is None else hx[begin:live]
-            )
-            carried = torch.cat([carried, start]) if begin else start
-        h = act(steps[t] + F.linear(carried, w_hh))
+        h = act(steps[t] + F.linear(_entering(h, steps[t].shape[0], start), w_hh))
         steps[t] = h
     h_n = steps[0].clone() if reverse else _last(steps).clone()
     return (torch.stack(steps) if batch_sizes is None else torch.cat(steps)), h_n
@@ -252,7 +245,7 @@ def _pre_activation_gradients(
         if carried < live:
             end = g[carried:]
             parts.append(end if grad_h_n is None else end + grad_h_n[carried:live])
-        dhs[t] = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else g
+        dhs[t] = torch.cat(parts) if parts else g
         dzs[t] = dz = _through(dhs[t], h, nonlinearity)
     return dhs, dzs
 
@@ -303,6 +296,18 @@ def rnn_layer_backward(
     ``dh_t``, which so passes where ``h_t`` is NaN, as in PyTorch. The rest is
     ``d_input_t = W_ih^T dz_t``, ``d_w_ih = sum dz_t x_t^T``, ``d_w_hh = sum dz_t h_{t-1}^T``,
     ``d_bias = sum dz_t``.
+
+    Args:
+        grad_out: as ``out``; None is zeros.
+        grad_h_n: ``[B, H]``; None is zeros.
+        input: as in :func:`rnn_layer`, and so ``hx``, ``w_ih``, ``w_hh``, ``batch_sizes``,
+            ``nonlinearity`` and ``reverse``.
+        out: the forward's, ``[T, B, H]`` or packed ``[rows, H]``.
+
+    Returns:
+        ``d_input`` like ``input``; ``d_hx`` of ``[B, H]``, None without ``hx``; ``d_w_ih`` of
+        ``[H, I]``, ``d_w_hh`` of ``[H, H]`` and ``d_bias`` of ``[H]``, in the dtype of the input;
+        of bfloat16 and float16 the arithmetic is float32.
     """
     if input.dtype in _REDUCED:
         wide: Any = (
@@ -366,6 +371,13 @@ def rnn_layer_double_backward(
     ``grad_h_n``; ``gg_w_ih^T dz_t`` for ``input_t``; ``sum dz_t gg_input_t^T`` for ``w_ih``;
     ``sum dz_t r_{t-1}^T`` for ``w_hh``; ``act''(h_t) dh_t q_t + gg_w_hh^T dz_{t+1}`` for ``out_t``,
     with ``act'' = -2 h`` for tanh; and the same last term for ``hx``.
+
+    Args:
+        gg_input: like ``input``, and so ``gg_hx, gg_w_ih, gg_w_hh``; ``gg_bias`` is of ``[H]``. Of
+            each, None is zeros. The rest is as in :func:`rnn_layer_backward`.
+
+    Returns:
+        The seven gradients, each like its tensor; None of what is None.
     """
     if input.dtype in _REDUCED:
         tensors = (gg_input, gg_hx, gg_w_ih, gg_w_hh, gg_bias, grad_out, grad_h_n)
@@ -411,10 +423,12 @@ def rnn_layer_double_backward(
             n = min(sizes[before], sizes[t])
             d_outs[before] = d_outs[before] + F.pad(passed[t][:n], (0, 0, 0, sizes[before] - n))
         d_out = torch.cat(d_outs)
-        d_hx = None if hx is None else _last(passed) if reverse else passed[0]
+        if hx is not None:
+            d_hx = _last(passed) if reverse else passed[0]
+    r_n = rs[0] if reverse else _last(rs)
     return (
         None if grad_out is None else torch.cat(rs).reshape(out.shape),
-        None if grad_h_n is None else rs[0] if reverse else _last(rs),
+        None if grad_h_n is None else r_n,
         None if gg_w_ih is None else (dz @ gg_w_ih).reshape(input.shape),
         d_hx,
         None if gg_input is None else dz.t() @ gg_input.flatten(0, -2),

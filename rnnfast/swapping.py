@@ -192,12 +192,12 @@ def patch() -> Iterator[None]:
         True
     """
     namespaces = (nn, nn.modules)  # not nn.modules.rnn, by which pickle finds the originals
-    before = [(space, cls.__name__) for space in namespaces for cls in _OURS]
-    saved = [getattr(space, name) for space, name in before]
-    for space, name in before:
+    places = [(space, cls.__name__) for space in namespaces for cls in _OURS]
+    saved = [getattr(space, name) for space, name in places]
+    for space, name in places:
         setattr(space, name, getattr(modules, name))
     try:
         yield
     finally:
-        for (space, name), value in zip(before, saved, strict=True):
+        for (space, name), value in zip(places, saved, strict=True):
             setattr(space, name, value)

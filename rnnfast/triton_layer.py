@@ -8,15 +8,16 @@ it is tested on machines without a GPU.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, library
+
+from . import dispatch
 
 __all__ = [
     "Config",
@@ -92,35 +93,6 @@ def using(config: Config) -> Iterator[None]:
         _override = before
 
 
-_Asked = TypeVar("_Asked", bound=Callable[..., Any])
-
-
-def constant_in_a_graph(question: _Asked) -> _Asked:
-    """Make the answer a constant in torch.compile's graphs, which cannot ask for it.
-
-    In a function of its own, because Dynamo warns of each cached function that it meets.
-    """
-
-    @wraps(question)
-    def ask(*arguments: Any) -> Any:
-        return question(*arguments)
-
-    constant: _Asked = torch.compiler.assume_constant_result(ask)  # type: ignore[no-untyped-call]
-    return constant
-
-
-@constant_in_a_graph
-def tf32_allowed() -> bool:
-    """Whether float32 products may run in TF32: where both cuBLAS and cuDNN's RNN may.
-
-    cuDNN's flag alone is on by default; a user who has not asked for TF32 in matrix products gets
-    float32 here. See "TensorFloat-32" in the notes on CUDA of PyTorch's documentation.
-    """
-    matmul: str = torch.backends.cuda.matmul.fp32_precision
-    rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return matmul == rnn == "tf32"
-
-
 def largest_hidden_size(dtype: torch.dtype, tf32: bool = False) -> int:
     """The largest H that the table has for a dtype, 0 if it has none."""
     rows = _TABLE.get((dtype, tf32 and dtype == torch.float32))
@@ -167,10 +139,10 @@ def why_not(input: Tensor, hidden_size: int | None = None) -> str | None:
         return _import_error()
     if INTERPRETED:
         return None
-    return _why_not_on(input.get_device(), input.dtype, hidden_size, tf32_allowed())
+    return _why_not_on(input.get_device(), input.dtype, hidden_size, dispatch.tf32_allowed())
 
 
-@constant_in_a_graph
+@dispatch.constant_in_a_graph
 @cache
 def _import_error() -> str | None:
     try:
@@ -180,7 +152,7 @@ def _import_error() -> str | None:
     return None
 
 
-@constant_in_a_graph
+@dispatch.constant_in_a_graph
 @cache
 def _why_not_on(device: int, dtype: torch.dtype, hidden_size: int | None, tf32: bool) -> str | None:
     properties: Any = torch.cuda.get_device_properties(device)
@@ -355,7 +327,7 @@ def rnn_layer(
     h_n = input.new_empty((steps.batch, hidden_size))
     if h_n.numel() == 0:
         return out, h_n
-    config = configuration(hidden_size, steps.batch, input.dtype, tf32_allowed())
+    config = configuration(hidden_size, steps.batch, input.dtype, dispatch.tf32_allowed())
     # Fused, the projection saves a launch and z's way through memory, and costs registers: a
     # column of W_ih for each feature and tile.
     fused = input_size * config.tiles <= 8
@@ -417,7 +389,7 @@ def rnn_layer_backward(
         )
         return d_x, d_hx, d_w_ih, d_w_hh, d_b
 
-    config = configuration(w_hh.shape[0], steps.batch, input.dtype, tf32_allowed())
+    config = configuration(w_hh.shape[0], steps.batch, input.dtype, dispatch.tf32_allowed())
     d_x = d_w_ih = d_w_hh = d_b = None
     with _plain(input.device), _on(input.device):
         _launch(
@@ -442,47 +414,22 @@ def rnn_layer_backward(
     return d_x, d_hx, d_w_ih, d_w_hh, d_b
 
 
-def one_direction_at_a_time(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-) -> tuple[Tensor, Tensor]:
-    """``torch.ops.rnnfast.rnn_bidirectional_layer`` by calls of ``rnn_layer``."""
-    half = len(weights) // 2
-    biases = [None] * (4 - half)
-    outs, states = zip(
-        *(
-            torch.ops.rnnfast.rnn_layer.default(
-                input, None if hx is None else hx[d], *weights[d * half : (d + 1) * half], *biases,
-                batch_sizes, nonlinearity, d == 1,
-            )
-            for d in (0, 1)
-        ),
-        strict=True,
-    )  # fmt: skip
-    return torch.cat(outs, -1), torch.stack(states)
-
-
 # -------------------------------------------------------------------------------- registration
 
 
 _ops: library.Library | None = None
-_shared_keys: set[str] = set()  # dispatch keys where the ops' calls go through choose_between
+_is_ours: dispatch.IsOurs | None = None
+_shared_keys: set[str] = set()  # dispatch keys whose calls go through choose_between
 
 
-@cache
-def has_compiled_kernels(key: str) -> bool:
-    """Whether the extension has kernels of its own for a dispatch key; first asked by register."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::rnn_layer", key))
+def register(ops: library.Library, is_ours: dispatch.IsOurs) -> None:
+    """Register the ops' kernels for CUDA, unless the extension has some.
 
-
-def register(ops: library.Library) -> None:
-    """Register the ops' kernels for CUDA, unless the extension has some."""
-    global _ops
-    _ops = ops
-    if not has_compiled_kernels("CUDA"):
+    ``is_ours`` then says which calls are Triton's, once it takes any.
+    """
+    global _ops, _is_ours
+    _ops, _is_ours = ops, is_ours
+    if not dispatch.has_compiled_kernels("CUDA"):
         ops.impl("rnn_layer", rnn_layer, "CUDA")  # type: ignore[no-untyped-call]
         ops.impl("rnn_layer_backward", rnn_layer_backward, "CUDA")  # type: ignore[no-untyped-call]
     if INTERPRETED:
@@ -495,48 +442,8 @@ def take_calls() -> None:
     Left until Triton is first chosen, since from then on every call of the ops enters Python.
     """
     key = "CPU" if INTERPRETED else "CUDA"
-    if _ops is not None and key not in _shared_keys and has_compiled_kernels(key):
+    if _ops is None or _is_ours is None or key in _shared_keys:
+        return
+    if dispatch.has_compiled_kernels(key):
         _shared_keys.add(key)
-        choose_between(_ops, key, "triton", rnn_layer, rnn_layer_backward)
-
-
-def choose_between(ops: library.Library, key: str, name: str, forward: Any, backward: Any) -> None:
-    """Let a dispatch key's calls run on these kernels where the backend `name` is to run them, and
-    on those registered before where not.
-    """
-    from . import backends
-
-    def is_ours(input: Tensor, w_hh: Tensor, batch_sizes: Tensor | None) -> bool:
-        backend = backends.forced() or backends.chosen(
-            input, w_hh.shape[0], batch_sizes is not None
-        )
-        return backend == name
-
-    # Of each op: our kernel, and what its arguments say about whether a call is ours.
-    ops_of_a_layer: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
-        "rnn_layer": (forward, lambda x, hx, w_ih, w_hh, b_ih, b_hh, n, *_: (x, w_hh, n)),
-        "rnn_layer_backward": (
-            backward,
-            lambda g, g_n, x, hx, w_ih, w_hh, out, n, *_: (x, w_hh, n),
-        ),
-    }
-    if key == "CPU":  # elsewhere it is composite
-        ops_of_a_layer["rnn_bidirectional_layer"] = (
-            one_direction_at_a_time,
-            lambda x, hx, weights, n, *_: (x, weights[1], n),
-        )
-    for op, (kernel, subject) in ops_of_a_layer.items():
-        before = library.get_kernel(f"rnnfast::{op}", key)
-
-        def run(
-            keyset: Any,
-            *args: Any,
-            kernel: Any = kernel,
-            subject: Any = subject,
-            before: Any = before,
-        ) -> Any:
-            return kernel(*args) if is_ours(*subject(*args)) else before.call_boxed(keyset, *args)
-
-        with warnings.catch_warnings():  # that a kernel is overridden: it is, on purpose
-            warnings.simplefilter("ignore", UserWarning)
-            ops.impl(op, run, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+        dispatch.choose_between(_ops, key, _is_ours, rnn_layer, rnn_layer_backward)

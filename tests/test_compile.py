@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, stack_module_state
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import rnnfast
-from rnnfast import backends, triton_layer
+from rnnfast import backends, dispatch, triton_layer
 
 # Batch and length. Dynamo compiles anew for 0 and 1, and takes sizes that are equal in the first
 # call (to each other, or to 3 and 5, the features) to be one.
@@ -212,7 +212,7 @@ def test_what_decides_on_a_gpu_is_a_constant_of_a_graph(monkeypatch):
 
     def decides(x):
         triton_layer._import_error()
-        call = (7, x.dtype, x.size(-1), triton_layer.tf32_allowed())  # the answers are cached
+        call = (7, x.dtype, x.size(-1), dispatch.tf32_allowed())  # the answers are cached
         refused = backends._why_not_cuda_on(*call) or triton_layer._why_not_on(*call)
         return x if refused else x + 1
 

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import rnnfast
 from rnnfast import __main__ as diagnosing
-from rnnfast import backends, triton_layer
+from rnnfast import backends, dispatch, triton_layer
 from rnnfast.__main__ import diagnosis
 
 
@@ -100,7 +100,7 @@ def h100s(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, function, lambda *args, result=result: result)
     monkeypatch.setattr(backends, "extension_error", None)
-    monkeypatch.setattr(triton_layer, "has_compiled_kernels", lambda key: False)
+    monkeypatch.setattr(dispatch, "has_compiled_kernels", lambda key: False)
     monkeypatch.setattr(triton_layer, "INTERPRETED", False)
     monkeypatch.setattr(triton_layer, "_import_error", lambda: None)
     monkeypatch.setattr(diagnosing, "_LARGEST", 270)  # just above the largest of Triton's table

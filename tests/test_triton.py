@@ -9,7 +9,7 @@ from conftest import TRITON, device_of
 from helpers import check_layer
 
 import rnnfast
-from rnnfast import triton_layer
+from rnnfast import dispatch, triton_layer
 from rnnfast.triton_layer import INTERPRETED, Config, configuration
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -99,12 +99,12 @@ def test_an_override_holds_within_its_block_and_where_it_fits():
     ],
 )
 def test_tf32_needs_both_flags(matmul, rnn, allowed):
-    assert not triton_layer.tf32_allowed()  # the defaults
+    assert not dispatch.tf32_allowed()  # the defaults
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = matmul
         torch.backends.cudnn.rnn.fp32_precision = rnn
-        assert triton_layer.tf32_allowed() == allowed
+        assert dispatch.tf32_allowed() == allowed
     finally:
         torch.backends.cuda.matmul.fp32_precision = before[0]
         torch.backends.cudnn.rnn.fp32_precision = before[1]

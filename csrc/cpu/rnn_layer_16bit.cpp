@@ -16,7 +16,11 @@
 #include <vector>
 
 #include "../op.h"
-#include "layer.h"
+#include "packing.h"
+#include "products.h"
+#include "rnn_layer_16bit.h"
+#include "steps.h"
+#include "tensors.h"
 #include "time_loop.h"
 
 namespace rnnfast::cpu {
@@ -129,8 +133,8 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
     int64_t filled = 0;
     const auto add = [&] {
       if (own) {
-        OuterSum<float> f = {filled, N, a_data, block, b_data, N,
-                             sum_m.mutable_data_ptr<float>(), N};
+        const OuterSum<float> f = {.rows = filled, .N = N, .a = a_data, .lda = block, .b = b_data,
+                                   .ldb = N, .c = sum_m.mutable_data_ptr<float>(), .ldc = N};
         by_gradient_rows<float>(m, filled * m * N, [&](int64_t begin, int64_t end) {
           time_loop<float>().outer_sum(f, begin, end);
         });

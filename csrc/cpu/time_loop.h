@@ -2,17 +2,17 @@
 // time_loop.inc.h, compiled once per instruction set by time_loop_*.cpp.
 //
 //   forward   h[t,b,:] = act( bias + x[t,b,:] W_ih^T + h[t-1,b,:] W_hh^T )
-//   backward  z'[t,b,:] = (g[t,b,:] + z'[t+1,b,:] W_hh) * act'(h[t,b,:])
+//   backward  dz[t,b,:] = (g[t,b,:] + dz[t+1,b,:] W_hh) * act'(h[t,b,:])
 //
 // with act' written in terms of the output, so that the output is all that a backward needs to
-// keep: 1 - h^2 for tanh; for ReLU a choice, z' = 0 where h <= 0 and else the bracket, which so
-// passes where h is NaN, as in PyTorch. z' is the gradient of the pre-activation.
+// keep: 1 - h^2 for tanh; for ReLU a choice, dz = 0 where h <= 0 and else the bracket, which so
+// passes where h is NaN, as in PyTorch. dz is the gradient of the pre-activation.
 #pragma once
 
 #include <sched.h>
 
 #include <cstdint>
-#include <utility>
+#include <utility>  // this and the next for time_loop.inc.h, which may include nothing
 
 #include "tanh_table.h"
 
@@ -48,6 +48,8 @@ struct Sums<BFloat16> {
 };
 template <class T>
 using Sum = typename Sums<T>::type;
+template <class T>
+inline constexpr bool kInPairs = Sums<T>::pairing > 1;
 
 // A family of rows: row (t, b) starts at data + offset(t) + b * stride_b, its features adjacent.
 // Time-major, batch-first and packed layouts differ in these numbers alone.
@@ -84,12 +86,12 @@ struct Forward {
   int64_t input_size = 0;  // 0: `out` already holds bias + x W_ih^T
   int64_t hidden_size = 0;
   bool relu = false;
-  Rows<const T> x;           // [T, B, I], read only where input_size > 0
-  Rows<const T> h0;               // [B, H]
-  const Sum<T>* bias = nullptr;   // [H], padded to whole vectors
-  const T* w_ih = nullptr;        // packed W_ih^T, K = I
-  const T* w_hh = nullptr;        // packed W_hh^T, K = H
-  Rows<T> out;                    // [T, B, H]
+  Rows<const T> x;               // [T, B, I], read only where input_size > 0
+  Rows<const T> h0;              // [B, H]
+  const Sum<T>* bias = nullptr;  // [H], padded to whole vectors
+  const T* w_ih = nullptr;       // packed W_ih^T, K = I
+  const T* w_hh = nullptr;       // packed W_hh^T, K = H
+  Rows<T> out;                   // [T, B, H]
 };
 
 template <class T>
@@ -191,20 +193,24 @@ struct Share {
 // The entry points of one instruction set.
 template <class T>
 struct TimeLoop {
-  int64_t panel_columns;
-  int64_t (*packed_size)(int64_t k, int64_t n);  // elements
+  int64_t panel_columns = 0;
+  int64_t (*packed_size)(int64_t k, int64_t n) = nullptr;  // elements
   // packed(k, n) = w[k * stride_k + n * stride_n], k < K, n < N
-  void (*pack)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed);
-  void (*forward)(const Forward<T>&, const Share&);
-  void (*backward)(const Backward<T>&, const Share&);
-  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1);  // columns [n0, n1) of z
-  void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h);  // h = act(z), which h may be
-  // Rows [m0, m1) of c. nullptr in bfloat16 without tiles, whose rows would have to be paired first.
-  void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1);
-  int64_t (*outer_sum_space)(int64_t N);
-  void (*panel_product)(const PanelProduct<T>&);  // nullptr where outer_sum is
-  void (*widen)(const Float16* from, int64_t n, float* to);  // nullptr if T is not float
-  int64_t outer_sum_numbers;  // the largest c for which the library is not faster, as measured
+  void (*pack)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N,
+               T* packed) = nullptr;
+  void (*forward)(const Forward<T>&, const Share&) = nullptr;
+  void (*backward)(const Backward<T>&, const Share&) = nullptr;
+  // Columns [n0, n1) of z.
+  void (*linear)(const Linear<T>&, int64_t n0, int64_t n1) = nullptr;
+  // h = act(z), which h may be.
+  void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h) = nullptr;
+  // Rows [m0, m1) of c. None in bfloat16 without tiles, whose rows would have to be paired first; nor
+  // a panel_product.
+  void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1) = nullptr;
+  int64_t (*outer_sum_space)(int64_t N) = nullptr;
+  int64_t outer_sum_numbers = 0;  // the largest c for which the library is not faster, as measured
+  void (*panel_product)(const PanelProduct<T>&) = nullptr;
+  void (*widen)(const Float16* from, int64_t n, float* to) = nullptr;  // none if T is not float
 };
 
 // The set that runs here: PyTorch's own choice (torch.backends.cpu.get_cpu_capability(), which

@@ -12,7 +12,7 @@
 //             [panel][k][columns]: k-major, columns padded with zeros to whole vectors, so that the
 //             inner loop is one broadcast of h[b,k] against N adjacent vectors. bfloat16 comes in
 //             pairs, [panel][k / 2][columns][2], against a broadcast pair. The state is never
-//             copied: h[t-1] is read from where the output stores it, z'[t+1] from dz.
+//             copied: h[t-1] is read from where the output stores it, dz[t+1] from where the backward does.
 // Order       Every other step takes the weights from the last to the first, panels of them and, of few
 //             rows, terms: it begins with those that a cache still holds from the step before, where
 //             in the same order again the cache would have let go of each by its turn.
@@ -33,329 +33,9 @@ namespace {
 #define RNNFAST_INLINE inline __attribute__((always_inline))
 #define RNNFAST_LAMBDA_INLINE __attribute__((always_inline))
 
-// ---------------------------------------------------------------------------------- vectors
+#include "vectors.inc.h"
 
-template <class T>
-struct Vector;
-template <>
-struct Vector<float> {
-  static constexpr int lanes = RNNFAST_VECTOR_BYTES / 4;
-  typedef float V __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-};
-template <>
-struct Vector<double> {
-  static constexpr int lanes = RNNFAST_VECTOR_BYTES / 8;
-  typedef double V __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-  typedef uint64_t Bits __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
-};
-// Of sums, and of as many lanes.
-template <>
-struct Vector<BFloat16> : Vector<float> {};
-template <class T>
-using V = typename Vector<T>::V;
-template <class T>
-constexpr int L = Vector<T>::lanes;
-
-template <class T>
-RNNFAST_INLINE V<T> load(const T* p) {
-  V<T> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <class T>
-RNNFAST_INLINE void store(T* p, V<T> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
-// Has v in a register, where the compiler would read it from memory for every use.
-template <class V>
-RNNFAST_INLINE void hold(V& v) {
-#if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
-  asm("" : "+v"(v));
-#elif RNNFAST_VECTOR_BYTES == 32
-  asm("" : "+x"(v));
-#endif
-}
-
-// The first n < L lanes; the others load as zero and are not stored.
-#if RNNFAST_VECTOR_BYTES == 64 && !defined(RNNFAST_EMULATE_AVX512)
-RNNFAST_INLINE V<float> load_part(const float* p, int n) {
-  return (V<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-}
-RNNFAST_INLINE V<double> load_part(const double* p, int n) {
-  return (V<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
-}
-RNNFAST_INLINE void store_part(float* p, V<float> v, int n) {
-  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
-}
-RNNFAST_INLINE void store_part(double* p, V<double> v, int n) {
-  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
-}
-#elif RNNFAST_VECTOR_BYTES == 32
-RNNFAST_INLINE __m256i first_lanes(int n, const float*) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-RNNFAST_INLINE __m256i first_lanes(int n, const double*) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
-RNNFAST_INLINE V<float> load_part(const float* p, int n) {
-  return (V<float>)_mm256_maskload_ps(p, first_lanes(n, p));
-}
-RNNFAST_INLINE V<double> load_part(const double* p, int n) {
-  return (V<double>)_mm256_maskload_pd(p, first_lanes(n, p));
-}
-RNNFAST_INLINE void store_part(float* p, V<float> v, int n) {
-  _mm256_maskstore_ps(p, first_lanes(n, p), (__m256)v);
-}
-RNNFAST_INLINE void store_part(double* p, V<double> v, int n) {
-  _mm256_maskstore_pd(p, first_lanes(n, p), (__m256d)v);
-}
-#else
-template <class T>
-RNNFAST_INLINE V<T> load_part(const T* p, int n) {
-  V<T> v = {};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-}
-template <class T>
-RNNFAST_INLINE void store_part(T* p, V<T> v, int n) {
-  for (int i = 0; i < n; ++i) p[i] = v[i];
-}
-#endif
-
-#if defined(RNNFAST_BFLOAT16)
-// Rows of bfloat16, in registers as float; stored rounded to nearest, ties to even, a NaN kept.
-// Products are of pairs (k, k + 1), which lie in one lane's bits.
-#if defined(RNNFAST_EMULATE_AVX512)
-RNNFAST_INLINE V<BFloat16> load_part(const BFloat16* p, int n) {
-  Vector<float>::Bits v = {};
-  for (int i = 0; i < n; ++i) v[i] = uint32_t(p[i].bits) << 16;
-  return (V<float>)v;
-}
-RNNFAST_INLINE V<BFloat16> load(const BFloat16* p) { return load_part(p, L<float>); }
-RNNFAST_INLINE void store_part(BFloat16* p, V<BFloat16> v, int n) {
-  const auto bits = (Vector<float>::Bits)v;
-  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  for (int i = 0; i < n; ++i) p[i].bits = v[i] == v[i] ? rounded[i] : 0x7fc0;
-}
-RNNFAST_INLINE void store(BFloat16* p, V<BFloat16> v) { store_part(p, v, L<float>); }
-RNNFAST_INLINE V<float> add_pairs(V<float> sum, V<float> x, V<float> w) {
-  const auto first = [](V<float> v) { return (V<float>)((Vector<float>::Bits)v << 16); };
-  const auto second = [](V<float> v) { return (V<float>)((Vector<float>::Bits)v & 0xffff0000u); };
-  return sum + first(x) * first(w) + second(x) * second(w);
-}
-#else
-RNNFAST_INLINE V<BFloat16> widened(__m256i v) {
-  typedef uint16_t Stored __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
-  return (V<float>)(__builtin_convertvector((Stored)v, Vector<float>::Bits) << 16);
-}
-RNNFAST_INLINE V<BFloat16> load(const BFloat16* p) {
-  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-RNNFAST_INLINE V<BFloat16> load_part(const BFloat16* p, int n) {
-  return widened(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
-}
-RNNFAST_INLINE void store(BFloat16* p, V<BFloat16> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-RNNFAST_INLINE void store_part(BFloat16* p, V<BFloat16> v, int n) {
-  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-RNNFAST_INLINE V<float> add_pairs(V<float> sum, V<float> x, V<float> w) {
-  return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-}
-#endif
-#endif
-
-// sum_k x[k] w[k], whose lanes each take one k at a time, or a pair.
-template <class T>
-struct Product {
-  // load: one k, or pair, per lane. broadcast: x[k] in all lanes (not `whole`: a row ends with half a
-  // pair, whose rest is zero).
-  static RNNFAST_INLINE V<T> load(const T* x) { return RNNFAST_ISA::load(x); }
-  static RNNFAST_INLINE V<T> load_part(const T* x, int n) { return RNNFAST_ISA::load_part(x, n); }
-  static RNNFAST_INLINE V<T> broadcast(const T* x, bool whole) { return *x - V<T>{}; }
-  static RNNFAST_INLINE V<T> add(V<T> sum, V<T> x, V<T> w) { return sum + x * w; }
-};
-#if defined(RNNFAST_BFLOAT16)
-template <>
-struct Product<BFloat16> {
-  static RNNFAST_INLINE V<float> load(const BFloat16* x) {
-    V<float> v;
-    __builtin_memcpy(&v, x, sizeof(v));
-    return v;
-  }
-  static RNNFAST_INLINE V<float> load_part(const BFloat16* x, int n) {
-#if defined(RNNFAST_EMULATE_AVX512)
-    V<float> v = {};
-    __builtin_memcpy(&v, x, n * sizeof(BFloat16));
-    return v;
-#else
-    return (V<float>)_mm512_maskz_loadu_epi16((1u << n) - 1, x);
-#endif
-  }
-  static RNNFAST_INLINE V<float> broadcast(const BFloat16* x, bool whole) {
-    uint32_t pair = x->bits;
-    if (whole) __builtin_memcpy(&pair, x, sizeof(pair));
-    return (V<float>)(pair - Vector<float>::Bits{});
-  }
-  static RNNFAST_INLINE V<float> add(V<float> sum, V<float> x, V<float> w) {
-    return add_pairs(sum, x, w);
-  }
-};
-#endif
-
-// n numbers of type S, and the vector of lanes i of a, or i - n of b, for each of some i.
-template <class S, int n>
-struct Lanes {
-  typedef S V __attribute__((vector_size(n * sizeof(S))));
-};
-#if defined(__clang__)
-#define RNNFAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define RNNFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
-#endif
-
-// Vector n of N; only the last of a panel may be partial, with `last` lanes.
-template <class T, int N>
-RNNFAST_INLINE V<T> load_nth(const T* p, int n, int last) {
-  return n < N - 1 || last == L<T> ? load(p + n * L<T>) : load_part(p + n * L<T>, last);
-}
-template <class T, int N>
-RNNFAST_INLINE void store_nth(T* p, int n, int last, V<T> v) {
-  if (n < N - 1 || last == L<T>) {
-    store(p + n * L<T>, v);
-  } else {
-    store_part(p + n * L<T>, v, last);
-  }
-}
-
-// -------------------------------------------------------------------------------------- tanh
-//
-// |x| < 5/16: x + x z P(z), z = x^2;  beyond: sign(x) t / (t + 2), t = exp(2|x|) - 1, whose
-// relative error counts 2 / (t + 2) times. NaN passes through both, infinities give +-1, -0 stays
-// -0.
-// exp(2|x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), 2|x| = n ln2 + r. Coefficients: minimax (Remez
-// exchange); tests/test_op.py measures the result, at most 1.5 ulp in float.
-
-template <class T>
-struct TanhConstants;
-template <>
-struct TanhConstants<float> {
-  // (tanh(s)/s - 1) / z on z = s^2 in [0, (5/16)^2]
-  static constexpr float odd[] = {-0.333333282267f, 0.13332822834f, -0.0538088762221f,
-                                  0.0198870003657f};
-  // (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2
-  static constexpr float exp[] = {0.49999993413f, 0.166665201148f, 0.0416683943111f,
-                                  0.00836877992563f, 0.00138144560449f};
-  static constexpr float saturated = 10.0f;       // tanh is 1 to the last bit from 9.02 on
-  static constexpr float rounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float ln2_high = 0.693145751953125f;  // 15 bits: n * ln2_high is exact
-  static constexpr float ln2_low = 1.42860682030941723212e-6f;
-  static constexpr int mantissa_bits = 23;
-  static constexpr uint32_t one = 0x3f800000;  // the bits of 1
-};
-template <>
-struct TanhConstants<double> {
-  static constexpr double odd[] = {
-      -0.3333333333333319391,  0.13333333333286980448,   -0.05396825391552656501,
-      0.021869485631566987246, -0.0088631468278376143772, 0.0035905439237278157617,
-      -0.0014393088661559392615, 0.00049572368970588958585};
-  static constexpr double exp[] = {
-      0.50000000000000008619,   0.16666666666666670974,    0.041666666666652289778,
-      0.0083333333333261537606, 0.0013888888895597032298,  0.00019841269874764737283,
-      0.0000248015745382309021, 2.7557255462276079494e-6,  2.7567927108842001271e-7,
-      2.5105194030723185117e-8, 1.7687739162984292121e-9};
-  static constexpr double saturated = 20.0;  // 1 to the last bit from 19.1 on
-  static constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double ln2_high = 6.93147180369123816490e-01;  // 32 bits
-  static constexpr double ln2_low = 1.90821492927058770002e-10;
-  static constexpr int mantissa_bits = 52;
-  static constexpr uint64_t one = 0x3ff0000000000000;
-};
-
-// In place, and stage by stage over W vectors: one alone waits for its own latencies (20 cycles a
-// vector on Zen 3, 13 in fours).
-#define RNNFAST_EACH _Pragma("GCC unroll 8") for (int i = 0; i < W; ++i)
-template <class T, int W>
-RNNFAST_INLINE void tanh(V<T> (&x)[W]) {
-  using C = TanhConstants<T>;
-  using Bits = typename Vector<T>::Bits;
-  constexpr T log2e = T(1.44269504088896340736);
-  constexpr int odd = sizeof(C::odd) / sizeof(T), exp = sizeof(C::exp) / sizeof(T);
-  const Bits sign_bit = (Bits)(-V<T>{});
-  V<T> magnitude[W], y[W], shifted[W], n[W], r[W], p[W], e[W], t[W], z[W], small[W];
-  RNNFAST_EACH magnitude[i] = (V<T>)((Bits)x[i] & ~sign_bit);
-  // Ordered so that a NaN is kept.
-  RNNFAST_EACH y[i] = magnitude[i] > C::saturated ? V<T>{} + C::saturated : magnitude[i];
-  RNNFAST_EACH shifted[i] = y[i] * (2 * log2e) + C::rounder;
-  RNNFAST_EACH n[i] = shifted[i] - C::rounder;
-  RNNFAST_EACH y[i] = y[i] + y[i];
-  RNNFAST_EACH r[i] = y[i] - n[i] * C::ln2_high;
-  RNNFAST_EACH r[i] = r[i] - n[i] * C::ln2_low;
-  RNNFAST_EACH p[i] = V<T>{} + C::exp[exp - 1];
-#pragma GCC unroll 16
-  for (int j = exp - 2; j >= 0; --j) RNNFAST_EACH p[i] = p[i] * r[i] + C::exp[j];
-  RNNFAST_EACH t[i] = r[i] * r[i];
-  RNNFAST_EACH p[i] = t[i] * p[i] + r[i];
-  // The integer n sits in the low mantissa bits of `shifted`: moved to the exponent, it makes 2^n.
-  RNNFAST_EACH e[i] = (V<T>)(((Bits)shifted[i] << C::mantissa_bits) + C::one);
-  RNNFAST_EACH t[i] = e[i] - T(1);
-  RNNFAST_EACH t[i] = p[i] * e[i] + t[i];
-  RNNFAST_EACH p[i] = t[i] + T(2);
-  RNNFAST_EACH y[i] = t[i] / p[i];
-
-  RNNFAST_EACH z[i] = magnitude[i] * magnitude[i];
-  RNNFAST_EACH small[i] = V<T>{} + C::odd[odd - 1];
-#pragma GCC unroll 16
-  for (int j = odd - 2; j >= 0; --j) RNNFAST_EACH small[i] = small[i] * z[i] + C::odd[j];
-  RNNFAST_EACH z[i] = magnitude[i] * z[i];
-  RNNFAST_EACH small[i] = z[i] * small[i] + magnitude[i];
-  RNNFAST_EACH y[i] = magnitude[i] < T(0.3125) ? small[i] : y[i];
-  RNNFAST_EACH x[i] = (V<T>)((Bits)y[i] | ((Bits)x[i] & sign_bit));
-}
-
-#if RNNFAST_VECTOR_BYTES == 64
-// table[index % 32] in every lane.
-RNNFAST_INLINE V<float> look_up(const float (&table)[32], Vector<float>::Bits index) {
-#if defined(RNNFAST_EMULATE_AVX512)
-  V<float> v;
-  for (int i = 0; i < L<float>; ++i) v[i] = table[index[i] % 32];
-  return v;
-#else
-  return (V<float>)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index,
-                                          (__m512)load(table + L<float>));
-#endif
-}
-
-// Where one instruction looks up 32 floats: tanh_table.h instead of the above, at most 1 ulp.
-template <int W>
-RNNFAST_INLINE void tanh_by_table(V<float> (&x)[W]) {
-  using Bits = Vector<float>::Bits;
-  constexpr float saturated = TanhConstants<float>::saturated;
-  constexpr uint32_t least = 0x3d800000;  // 1/16: the first interval is all below 5/64
-  const Bits sign_bit = (Bits)(-V<float>{});
-  V<float> d[W], p[W];
-  Bits index[W];
-  RNNFAST_EACH d[i] = (V<float>)((Bits)x[i] & ~sign_bit);
-  // Ordered so that a NaN is kept; infinity's interval is that of 10.
-  RNNFAST_EACH d[i] = saturated < d[i] ? V<float>{} + saturated : d[i];
-  RNNFAST_EACH index[i] = (Bits)d[i] > least ? (Bits)d[i] : Bits{} + least;
-  RNNFAST_EACH index[i] >>= 21;
-  RNNFAST_EACH d[i] -= look_up(kTanhTable[0], index[i]);
-  RNNFAST_EACH p[i] = look_up(kTanhTable[kTanhDegree + 1], index[i]);
-#pragma GCC unroll 8
-  for (int k = kTanhDegree; k >= 1; --k)
-    RNNFAST_EACH p[i] = p[i] * d[i] + look_up(kTanhTable[k], index[i]);
-  RNNFAST_EACH x[i] = (V<float>)((Bits)p[i] | ((Bits)x[i] & sign_bit));
-}
-template <>
-RNNFAST_INLINE void tanh<float, 4>(V<float> (&x)[4]) {
-  tanh_by_table(x);
-}
-#endif
-#undef RNNFAST_EACH
+#include "tanh.inc.h"
 
 // ------------------------------------------------------------------------------ register blocks
 
@@ -572,7 +252,7 @@ struct Tiles;  // the state of a walk in AMX's tiles; empty elsewhere
 // product that its sums are of, of rows of `a` and packed weights, and `finish` makes the block's
 // results of the sums; M rows of `vectors` vectors of the next step are prefetched on the way.
 // `carried` is the block's rows of the state that the walk carries (h[t-1]
-// forward, z'[t+1] backward), nullptr for rows at their first visit.
+// forward, dz[t+1] backward), nullptr for rows at their first visit.
 
 // M rows by G panels of N vectors, the last of them of `last` lanes.
 template <int M, int N, int G, class Cell, class T>
@@ -868,371 +548,11 @@ void run(const Cell& cell, const Share& share) {
     walk_rows(cell, share.b0 + n * i / groups, share.b0 + n * (i + 1) / groups, share);
 }
 
-// ------------------------------------------------------------------------- sums of outer products
-//
-// c[m,n] += sum_r a[r,m] b[r,n]: a weight gradient, of dz and what the weight multiplied. Rows are
-// taken in chunks, of which what a panel of b and a few columns of a take stays in the first-level
-// cache; a chunk's sums start from zero in registers, so that an addition rounds at the size of a
-// chunk's sum; the column sums, which have no lanes to spread a bias over, fold every 16 rows.
+#include "products.inc.h"
 
-// Measured against MKL (notes/cpu.md, "Weight gradients").
-#if RNNFAST_VECTOR_BYTES == 64
-constexpr int64_t kOuterSumNumbers = 700 * 700;
-#elif RNNFAST_VECTOR_BYTES == 32
-constexpr int64_t kOuterSumNumbers = 160 * 160;
-#else
-constexpr int64_t kOuterSumNumbers = 112 * 112;
-#endif
-
-template <class T>
-struct OuterCell {
-  template <int M, int N>
-  static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, T* c,
-                    int64_t ldc) {
-    Block<T, M, N> sum;
-    sum.clear();
-    if (last == L<T>) {
-      sum.template chain<true>(a, 1, lda, {b, ldb, 0}, R, last);
-    } else {
-      sum.template chain<false>(a, 1, lda, {b, ldb, 0}, R, last);
-    }
-    sum.add(c, ldc, last);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) store_nth<T, N>(c + m * ldc, n, last, sum.acc[m][n]);
-  }
-
-  template <int N>
-  static void panel(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t m0,
-                    int64_t m1, int last, T* c, int64_t ldc) {
-    level_blocks<OuterCell, N>(m0, m1, [&](auto block, int64_t m, int64_t) RNNFAST_LAMBDA_INLINE {
-      block(a + m, lda, b, ldb, R, last, c + m * ldc, ldc);
-    });
-  }
-};
-
-// Of R rows from r on.
-template <class T>
-void add_column_sums(const OuterSum<T>& f, int64_t r, int64_t R, int64_t m0, int64_t m1) {
-  constexpr int lanes = L<T>;
-  const T* a = f.a + r * f.lda;
-  for (int64_t m = m0; m < m1; m += lanes) {
-    const int width = m1 - m < lanes ? int(m1 - m) : lanes;
-    V<T> sum = {};
-    for (int64_t k0 = 0; k0 < R; k0 += 16) {
-      V<T> part = {};
-      for (int64_t k = k0; k < (R - k0 < 16 ? R : k0 + 16); ++k)
-        part += width == lanes ? load(a + k * f.lda + m) : load_part(a + k * f.lda + m, width);
-      sum += part;
-    }
-    Sum<T>* to = f.column_sums + m;
-    if (width == lanes) {
-      store(to, load(to) + sum);
-    } else {
-      store_part(to, load_part(to, width) + sum, width);
-    }
-  }
-}
-
-template <class T>
-void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
-  using Cell = OuterCell<T>;
-  constexpr int lanes = L<T>;
-  // A panel of b, and of a two lines or so of each row. Not of m1 - m0, which varies with the
-  // number of threads.
-  constexpr int64_t kBytes = 24 << 10, kMost = 256;
-  const int64_t columns = (f.N < kPanel * lanes ? f.N : kPanel * lanes) + 32;
-  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * columns);
-  const int64_t chunk = fitting > kMost ? kMost : fitting;
-  for (int64_t r = 0; r < f.rows; r += chunk) {
-    const int64_t R = f.rows - r < chunk ? f.rows - r : chunk;
-    const T* a = f.a + r * f.lda;
-    for (int64_t n = 0; n < f.N; n += kPanel * lanes) {
-      const T* b = f.b + r * f.ldb + n;
-      const int64_t left = f.N - n;
-      const int width = left >= kPanel * lanes ? kPanel : int((left + lanes - 1) / lanes);
-      const int last = left >= kPanel * lanes ? lanes : int(left - (width - 1) * lanes);
-      switch (width) {
-        case 1: Cell::template panel<1>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 2: Cell::template panel<2>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-#if RNNFAST_VECTOR_REGISTERS == 32
-        case 3: Cell::template panel<3>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 4: Cell::template panel<4>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-#endif
-      }
-    }
-    if (f.column_sums) add_column_sums(f, r, R, m0, m1);
-  }
-}
-
-// -------------------------------------------------------------------- products with packed weights
-//
-// c[r,n] = start[r,n] + sum_k a[r,k] w[k,n], n of one panel: M rows by the panel's width, summed in
-// registers in the chains of the time loop. The panel stays in the second-level cache while all rows
-// pass by.
-
-template <class T>
-struct PanelCell {
-  template <int M, int N>
-  static void block(const PanelProduct<T>& f, int64_t r, int last) {
-    Block<T, M, N> sum;
-    sum.clear();
-    sum.product(f.a + r * f.lda, f.lda, {f.w, N * L<T>, 0}, f.K, /*backwards=*/false);
-    if (f.start) sum.add(f.start + r * f.ld_start, f.ld_start, last);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n)
-        store_nth<T, N>(f.c + (r + m) * f.ldc, n, last, sum.acc[m][n]);
-  }
-
-  template <int N>
-  static void rows(const PanelProduct<T>& f) {
-    const int last = int(f.columns - (N - 1) * L<T>);
-    level_blocks<PanelCell, N>(
-        0, f.rows,
-        [&](auto block, int64_t r, int64_t) RNNFAST_LAMBDA_INLINE { block(f, r, last); });
-  }
-};
-
-template <class T>
-void panel_product(const PanelProduct<T>& f) {
-  switch ((f.columns + L<T> - 1) / L<T>) {
-    case 1: PanelCell<T>::template rows<1>(f); break;
-    case 2: PanelCell<T>::template rows<2>(f); break;
-#if RNNFAST_VECTOR_REGISTERS == 32
-    case 3: PanelCell<T>::template rows<3>(f); break;
-    case 4: PanelCell<T>::template rows<4>(f); break;
-#endif
-  }
-}
-
-// ------------------------------------------------------------------ products with unpacked weights
-//
-// z[b,n] += sum_k x[b,k] w[n,k]: M rows times N weight rows at a time, vectors along k, whose lanes
-// are added up at the end, those of four vectors side by side.
-
-// The upper half onto the lower, until there are `left` lanes.
-template <class S, int n, int left>
-RNNFAST_INLINE typename Lanes<S, left>::V fold(typename Lanes<S, n>::V v) {
-  if constexpr (n == left) {
-    return v;
-  } else {
-    typename Lanes<S, n / 2>::V half[2];
-    __builtin_memcpy(half, &v, sizeof(v));
-    return fold<S, n / 2, left>(half[0] + half[1]);
-  }
-}
-
-template <class S>
-RNNFAST_INLINE typename Lanes<S, 4>::V lane_sums(const typename Lanes<S, 4>::V (&v)[4]) {
-  const auto ab = RNNFAST_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + RNNFAST_SHUFFLE(v[0], v[1], 1, 5, 3, 7);
-  const auto cd = RNNFAST_SHUFFLE(v[2], v[3], 0, 4, 2, 6) + RNNFAST_SHUFFLE(v[2], v[3], 1, 5, 3, 7);
-  return RNNFAST_SHUFFLE(ab, cd, 0, 1, 4, 5) + RNNFAST_SHUFFLE(ab, cd, 2, 3, 6, 7);
-}
-
-// z[j] += the sum of the lanes of acc[j].
-template <class T, int N>
-RNNFAST_INLINE void add_lane_sums(const V<T> (&acc)[N], Sum<T>* z) {
-  using S = Sum<T>;
-  if constexpr (N == 1 || L<T> < 4) {
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      const auto two = fold<S, L<T>, 2>(acc[j]);
-      z[j] += two[0] + two[1];
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int j = 0; j < N; j += 4) {
-      typename Lanes<S, 4>::V four[4] = {}, sum = {};
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l)
-        if (j + l < N) four[l] = fold<S, L<T>, 4>(acc[j + l]);
-      const int bytes = (N - j < 4 ? N - j : 4) * int(sizeof(S));
-      __builtin_memcpy(&sum, z + j, bytes);
-      sum += lane_sums<S>(four);
-      __builtin_memcpy(z + j, &sum, bytes);
-    }
-  }
-}
-
-template <class T, int M, int N>
-void linear_block(const Linear<T>& f, int64_t b, int64_t n) {
-  const T* x = f.x + b * f.ldx;
-  const T* w = f.w + n * f.ldw;
-  using P = Product<T>;
-  constexpr int taken = L<T> * Sums<T>::pairing;
-  V<T> acc[M][N] = {};
-  const auto add = [&](int64_t k, const auto& load_k) RNNFAST_LAMBDA_INLINE {
-    V<T> xk[M];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) xk[i] = load_k(x + i * f.ldx + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < N; ++j) {
-      V<T> wk = load_k(w + j * f.ldw + k);
-      if constexpr (M > 1) hold(wk);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) acc[i][j] = P::add(acc[i][j], xk[i], wk);
-    }
-  };
-  int64_t k = 0;
-  for (; k + taken <= f.K; k += taken) {
-    add(k, [](const T* p) RNNFAST_LAMBDA_INLINE { return P::load(p); });
-  }
-  if (k < f.K) {
-    const int left = int(f.K - k);
-    add(k, [left](const T* p) RNNFAST_LAMBDA_INLINE { return P::load_part(p, left); });
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) add_lane_sums<T, N>(acc[i], f.z + (b + i) * f.ldz + n);
-}
-
-template <class T, int M>
-void linear_rows(const Linear<T>& f, int64_t b, int64_t n0, int64_t n1) {
-#if RNNFAST_VECTOR_REGISTERS == 32
-  constexpr int N = M <= 2 ? 8 : 6;
-#else
-  constexpr int N = M == 1 ? 8 : M == 4 ? 3 : 4;
-#endif
-  const int64_t blocks = (n1 - n0) / N;
-  for (int64_t i = 0; i < blocks; ++i)
-    linear_block<T, M, N>(f, b, n0 + nth(i, blocks, f.backwards) * N);
-  for (int64_t n = n0 + blocks * N; n < n1; ++n) linear_block<T, M, 1>(f, b, n);
-}
-
-// Weight rows in strips that stay in the first-level cache while all rows of x pass by.
-template <class T>
-void linear(const Linear<T>& f, int64_t n0, int64_t n1) {
-  constexpr int64_t kBytes = 16 << 10;
-  const int64_t fitting = kBytes / (int64_t(sizeof(T)) * f.K) / 24 * 24;
-  const int64_t strip = f.batch <= 4 ? n1 - n0 : fitting < 24 ? 24 : fitting;
-  const int64_t strips = (n1 - n0 + strip - 1) / strip;
-  for (int64_t i = 0; i < strips; ++i) {
-    const int64_t n = n0 + nth(i, strips, f.backwards) * strip;
-    const int64_t end = n1 - n < strip ? n1 : n + strip;
-    int64_t b = 0;
-    for (; b + 4 <= f.batch; b += 4) linear_rows<T, 4>(f, b, n, end);
-    switch (f.batch - b) {
-      case 3: linear_rows<T, 3>(f, b, n, end); break;
-      case 2: linear_rows<T, 2>(f, b, n, end); break;
-      case 1: linear_rows<T, 1>(f, b, n, end); break;
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------- packing
-
-// a0 b0 a1 b1 ... of the lower halves of a and b, or of the upper ones.
-template <class T, int from, int... i>
-RNNFAST_INLINE V<T> zip(V<T> a, V<T> b, std::integer_sequence<int, i...>) {
-  return RNNFAST_SHUFFLE(a, b, (from + i / 2 + i % 2 * L<T>)...);
-}
-
-// A square of as many vectors as one has lanes.
-template <class T>
-RNNFAST_INLINE void transpose(V<T> (&square)[L<T>]) {
-  constexpr std::make_integer_sequence<int, L<T>> lanes;
-#pragma GCC unroll 4
-  for (int round = 1; round < L<T>; round *= 2) {
-    V<T> zipped[L<T>];
-#pragma GCC unroll 8
-    for (int i = 0; i < L<T> / 2; ++i) {
-      zipped[2 * i] = zip<T, 0>(square[i], square[i + L<T> / 2], lanes);
-      zipped[2 * i + 1] = zip<T, L<T> / 2>(square[i], square[i + L<T> / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L<T>; ++i) square[i] = zipped[i];
-  }
-}
-
-// A panel of w^T, where w has the columns as rows of K adjacent numbers.
-template <class T>
-void pack_transposed(const T* w, int64_t stride, int64_t K, int64_t columns, int64_t width,
-                     T* packed) {
-  constexpr int64_t lanes = L<T>, taken = lanes * Sums<T>::pairing;
-  for (int64_t k = 0; k < K; k += taken) {
-    const int64_t left = K - k < taken ? K - k : taken;
-    const int64_t vectors = padded<T>(left) / Sums<T>::pairing;
-    for (int64_t n = 0; n < width; n += lanes) {
-      V<T> square[lanes];
-      for (int64_t i = 0; i < lanes; ++i) {
-        const T* row = w + (n + i) * stride + k;
-        square[i] = n + i >= columns ? V<T>{}
-                    : left == taken  ? Product<T>::load(row)
-                                     : Product<T>::load_part(row, int(left));
-      }
-      transpose<T>(square);
-      T* to = packed + k * width + n * Sums<T>::pairing;
-      for (int64_t i = 0; i < vectors; ++i)
-        __builtin_memcpy(to + i * width * Sums<T>::pairing, &square[i], sizeof(V<T>));
-    }
-  }
-}
-
-#if defined(RNNFAST_BFLOAT16)
-// Of n lanes, row[.] and row[. + stride] side by side; the second, or both, zeros where `rows` ends.
-RNNFAST_INLINE V<float> pairs_of(const BFloat16* row, int64_t stride, int64_t rows, int n) {
-  using Bits = Vector<float>::Bits;
-  const auto bits = [&](const BFloat16* p) RNNFAST_LAMBDA_INLINE {
-    return (Bits)(n == L<float> ? load(p) : load_part(p, n));
-  };
-  Bits pairs = {};
-  if (rows > 0) pairs = bits(row) >> 16;
-  if (rows > 1) pairs |= bits(row + stride);
-  return (V<float>)pairs;
-}
-
-// A panel of w, whose rows have the columns as adjacent numbers.
-void pack_pairs(const BFloat16* w, int64_t stride, int64_t K, int64_t columns, int64_t width,
-                BFloat16* packed) {
-  for (int64_t k = 0; k < padded<BFloat16>(K); k += 2) {
-    for (int64_t n = 0; n < width; n += L<float>) {
-      const int64_t lanes = columns - n < L<float> ? columns - n : L<float>;
-      const V<float> pairs = pairs_of(w + k * stride + n, stride, K - k, int(lanes));
-      __builtin_memcpy(packed + k * width + 2 * n, &pairs, sizeof(pairs));
-    }
-  }
-}
-#endif
+#include "packing.inc.h"
 
 // ----------------------------------------------------------------------------------- entry points
-
-template <class T>
-int64_t packed_size(int64_t K, int64_t N) {
-  return padded<T>(K) * ((N + L<T> - 1) / L<T>)*L<T>;
-}
-
-template <class T>
-void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed) {
-  constexpr int64_t pairing = Sums<T>::pairing;
-  for (int64_t n0 = 0; n0 < N; n0 += kPanel * L<T>) {
-    const int64_t columns = N - n0 < kPanel * L<T> ? N - n0 : kPanel * L<T>;
-    const int64_t width = (columns + L<T> - 1) / L<T> * L<T>;
-    const auto at = [&](int64_t k, int64_t n) RNNFAST_LAMBDA_INLINE -> T& {
-      return packed[(k / pairing * width + n) * pairing + k % pairing];
-    };
-    if (stride_k == 1) {
-      pack_transposed(w + n0 * stride_n, stride_n, K, columns, width, packed);
-#if defined(RNNFAST_BFLOAT16)
-    } else if (stride_n == 1) {
-      pack_pairs(w + n0, stride_k, K, columns, width, packed);
-#endif
-    } else {
-      for (int64_t k = 0; k < padded<T>(K); ++k) {
-        const T* row = w + k * stride_k + n0 * stride_n;
-        const int64_t filled = k < K ? columns : 0;
-        if (pairing == 1 && stride_n == 1) {
-          for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n];
-        } else {
-          for (int64_t n = 0; n < filled; ++n) at(k, n) = row[n * stride_n];
-        }
-        for (int64_t n = filled; n < width; ++n) at(k, n) = T{};
-      }
-    }
-    packed += padded<T>(K) * width;
-  }
-}
 
 template <class T>
 void forward(const Forward<T>& f, const Share& share) {
@@ -1301,29 +621,45 @@ void widen(const Float16* from, int64_t n, float* to) {
 #undef RNNFAST_INLINE
 #undef RNNFAST_LAMBDA_INLINE
 
+#if !defined(RNNFAST_BFLOAT16)
+int64_t no_space(int64_t) { return 0; }
+#endif
+
+template <class T>
+constexpr TimeLoop<T> table() {
+  TimeLoop<T> table;
+  table.panel_columns = kPanel * L<T>;
+  table.packed_size = packed_size<T>;
+  table.pack = pack<T>;
+  table.forward = forward<T>;
+  table.backward = backward<T>;
+  table.linear = linear<T>;
+  table.activate = activate_array<T>;
+#if defined(RNNFAST_TILES)
+  table.outer_sum = tile_outer_sum;
+  table.outer_sum_space = tile_outer_sum_space;
+  table.panel_product = tile_product;
+#elif !defined(RNNFAST_BFLOAT16)
+  table.outer_sum = outer_sum<T>;
+  table.outer_sum_space = no_space;
+  table.outer_sum_numbers = kOuterSumNumbers;
+  table.panel_product = panel_product<T>;
+#endif
+  return table;
+}
+
 }  // namespace
 
 #if defined(RNNFAST_BFLOAT16)
-const TimeLoop<BFloat16> bf16 = {
-    kPanel * L<BFloat16>, packed_size<BFloat16>, pack<BFloat16>,           forward<BFloat16>,
-    backward<BFloat16>,   linear<BFloat16>,      activate_array<BFloat16>,
-#if defined(RNNFAST_TILES)
-    tile_outer_sum,       tile_outer_sum_space,  tile_product,
+const TimeLoop<BFloat16> bf16 = table<BFloat16>();
 #else
-    nullptr,              nullptr,               nullptr,
-#endif
-    nullptr,              0};
-#else
-int64_t no_space(int64_t) { return 0; }
-
-template <class T>
-constexpr TimeLoop<T> table(void (*widen)(const Float16*, int64_t, float*)) {
-  return {kPanel * L<T>, packed_size<T>,    pack<T>,      forward<T>,       backward<T>,
-          linear<T>,     activate_array<T>, outer_sum<T>, no_space,         panel_product<T>,
-          widen,         kOuterSumNumbers};
+constexpr TimeLoop<float> table_of_float() {
+  TimeLoop<float> with_widen = table<float>();
+  with_widen.widen = widen;
+  return with_widen;
 }
-const TimeLoop<float> f32 = table<float>(widen);
-const TimeLoop<double> f64 = table<double>(nullptr);
+const TimeLoop<float> f32 = table_of_float();
+const TimeLoop<double> f64 = table<double>();
 #endif
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

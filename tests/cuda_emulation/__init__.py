@@ -12,7 +12,7 @@ import torch
 from torch import library
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from rnnfast import backends, triton_layer
+from rnnfast import backends, dispatch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -63,11 +63,11 @@ def install() -> None:
     def why_not(input, hidden_size=None):
         if backends.forward_ad._current_level >= 0:
             return "forward-mode derivatives are the reference's."
-        return why_not_of(input.dtype, hidden_size or 1, triton_layer.tf32_allowed())
+        return why_not_of(input.dtype, hidden_size or 1, dispatch.tf32_allowed())
 
     backends.BACKENDS["cuda"] = why_not
     global _registrations
     _registrations = library.Library("rnnfast", "IMPL")
-    triton_layer.choose_between(
-        _registrations, "CPU", "cuda", ops.rnn_layer, ops.rnn_layer_backward
+    dispatch.choose_between(
+        _registrations, "CPU", backends.runs("cuda"), ops.rnn_layer, ops.rnn_layer_backward
     )
