@@ -284,7 +284,7 @@ TAKEN: dict[str, str] = {
 def _checked(name: str | None, source: str) -> str | None:
     if name in (None, "", "auto"):
         return None
-    if name not in BACKENDS:
+    if name not in tuple(BACKENDS):  # a tuple: the value may be unhashable
         raise RuntimeError(
             f"{source} asks for the backend '{name}'; there are: auto, {', '.join(BACKENDS)}"
         )

@@ -73,10 +73,21 @@ def rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
             batch_first,
         )  # fmt: skip
+    if backend == "torch":  # which checks less, and in words of its own
+        _check(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+               batch_first)  # fmt: skip
+    return by_layers(
+        backend, input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+        bidirectional, batch_first,
+    )  # fmt: skip
+
+
+def _check_states(
+    hx: Tensor | None, weights: Sequence[Tensor], bias: bool, num_layers: int, bidirectional: bool
+) -> None:
     if num_layers <= 0:
         raise RuntimeError(f"rnnfast: expected num_layers greater than zero, got {num_layers}")
-    directions = 2 if bidirectional else 1
-    per_layer = 4 if bias else 2
+    directions, per_layer = _counts(bias, bidirectional)
     if len(weights) != per_layer * directions * num_layers:
         raise RuntimeError(
             f"rnnfast: expected {per_layer * directions * num_layers} weights for "
@@ -89,6 +100,53 @@ def rnn(
             f"got {list(hx.shape)}"
         )
 
+
+def _counts(bias: bool, bidirectional: bool) -> tuple[int, int]:
+    """Directions, and weights of each."""
+    return (2 if bidirectional else 1), (4 if bias else 2)
+
+
+def _check(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    """Raise what the op raises of its arguments."""
+    _check_states(hx, weights, bias, num_layers, bidirectional)
+    directions, per_layer = _counts(bias, bidirectional)
+    x = input.transpose(0, 1) if batch_first and input.dim() == 3 else input
+    for layer in range(num_layers):
+        for state in range(layer * directions, (layer + 1) * directions):
+            w_ih, w_hh, *biases = weights[state * per_layer : (state + 1) * per_layer]
+            b_ih, b_hh = biases if bias else (None, None)
+            h = None if hx is None else hx[state]
+            reference.check_layer(x, h, w_ih, w_hh, b_ih, b_hh, batch_sizes, nonlinearity)
+        x = x.new_empty(()).expand(*x.shape[:-1], directions * w_hh.shape[0])
+
+
+def by_layers(
+    backend: str,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rnn` on a backend of :func:`backends.select`, where no op runs the whole call."""
+    _check_states(hx, weights, bias, num_layers, bidirectional)
+    directions, per_layer = _counts(bias, bidirectional)
     exporter = onnx.exporter()
     if exporter == "export":
         return onnx.rnn(
@@ -207,13 +265,17 @@ def rnn_cell(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise reference.unknown_nonlinearity(nonlinearity)
-    backend = backends.select(input, w_hh.size(1))
+    if input.dim() != 2:
+        raise RuntimeError(f"rnnfast: expected input of 2 dimensions, got {list(input.shape)}")
+    backend = backends.select(input, w_hh.size(-1))
     if takes_whole_calls(backend):
         return rnn_cell_op(  # type: ignore[no-any-return]
             input, hx, w_ih, w_hh, b_ih, b_hh, nonlinearity
         )
     if onnx.exporter():  # ONNX has no cell, and takes plain operators
         backend = "reference"
+    if 0 not in w_ih.shape and backend == "torch":
+        reference.check_layer(input[None], hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity)
     if backend == "torch" or 0 in w_ih.shape:  # unlike a layer, a cell may have no inputs or units
         run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx

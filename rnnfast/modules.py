@@ -19,6 +19,8 @@ from . import backends, functional
 
 __all__ = ["RNN", "RNNCell"]
 
+#: What the op takes of a module besides tensors.
+_KINDS = {"num_layers": int, "dropout": int | float, "bidirectional": bool, "batch_first": bool}
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 _NONLINEARITIES = {mode: name for name, mode in _MODES.items()}
@@ -171,8 +173,8 @@ class RNN(nn.RNNBase):
             _say(self._check, input, hx, weights, batch_sizes)
             raise
         self._check(input, hx, weights, batch_sizes)
-        return functional.rnn(
-            input, hx, weights,  # type: ignore[arg-type]
+        return functional.by_layers(
+            backend, input, hx, weights,  # type: ignore[arg-type]
             batch_sizes, nonlinearity, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, self.batch_first,
         )  # fmt: skip
@@ -188,6 +190,10 @@ class RNN(nn.RNNBase):
         for i, weight in enumerate(weights):
             if weight is None and i:  # the first fails where its dtype is read, as in nn.RNN
                 raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                was = type(value).__name__
+                raise TypeError(f"rnn_{self.nonlinearity}(): {name} must be {kind}, not {was}")
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:

@@ -25,6 +25,11 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: modules.RNNCell,
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+#: Methods of theirs that ours do not call, or only of a call that the kernel has refused.
+_REPLACEABLE = (
+    "forward", "check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size",
+    "permute_hidden",
+)  # fmt: skip
 _SWAPPED = "_rnnfast_swapped"  # an attribute of the module, so that copies and pickles keep it
 
 
@@ -99,12 +104,13 @@ def _why_not_swap(module: nn.Module) -> str | None:
         return "it is compiled by TorchScript; swap before torch.jit.script or trace"
     if isinstance(module, (modules.RNN, modules.RNNCell)):
         return "it is rnnfast's already"
-    if not isinstance(module, (nn.RNN, nn.RNNCell)):
+    if not isinstance(module, tuple(_OURS)):  # by name they are ours within patch()
         return f"{cls.__name__} is not a cell that rnnfast has"
     if cls not in _OURS:
         return f"{cls.__module__}.{cls.__qualname__} is a subclass, whose own code might be lost"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance, by what may call the original's"
+    for method in _REPLACEABLE:
+        if method in vars(module):
+            return f"its {method} is replaced on the instance, by what may call the original's"
     return None
 
 
@@ -121,8 +127,8 @@ def swap(model: nn.Module) -> Report:
 
     In place: each module keeps its identity, parameters, hooks, parametrizations, training mode,
     device and name. Subclasses of ``nn.RNN`` (``fully_shard`` makes one too: swap before it), other
-    cells, scripted modules and those whose ``forward`` was replaced are left alone, and the report
-    says so.
+    cells, scripted modules and those whose ``forward`` or checks were replaced are left alone, and
+    the report says so.
 
     Args:
         model: any module. Afterwards ``isinstance(module, nn.RNN)`` is False for what was swapped

@@ -134,6 +134,20 @@ def test_a_dropout_that_is_no_probability_is_refused_by_the_call(any_backend):
     assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("bidirectional", "yes"), ("dropout", None), ("batch_first", [])]
+)
+def test_a_flag_that_is_none_is_refused_by_the_call(any_backend, name, value):
+    def call(rnn):
+        module = rnn(3, 5, 2)
+        setattr(module, name, value)
+        module(torch.randn(4, 2, 3))
+
+    theirs, ours = failures(call)
+    assert type(ours) is type(theirs), (ours, theirs)
+    assert name in str(ours)
+
+
 def test_autocast_does_not_make_numbers_of_integers(any_backend):
     def call(rnn):
         with torch.autocast(torch.get_default_device().type, torch.bfloat16):
@@ -156,9 +170,19 @@ def test_functional_names_what_it_expected(any_backend):
         run(x, None, raw(bias=False), bias=False, bidirectional=True)
     with pytest.raises(RuntimeError, match=r"hx of 3 dimensions, the first 1, got \[2, 2, 5\]"):
         run(x, torch.randn(2, 2, 5), weights)
-    if any_backend != "torch":  # whose words are PyTorch's from here on
-        with pytest.raises(RuntimeError, match=r"w_ih of size \[5, 3\], got \[5, 4\]"):
-            run(x, None, [torch.randn(5, 4), *weights[1:]])
+    with pytest.raises(RuntimeError, match=r"w_ih of size \[5, 3\], got \[5, 4\]"):
+        run(x, None, [torch.randn(5, 4), *weights[1:]])
+    with pytest.raises(RuntimeError, match=r"w_ih of size \[5, 5\], got \[5, 3\]"):
+        run(x, None, [*weights, *weights], num_layers=2)
+    with pytest.raises(RuntimeError, match=r"input of 3 dimensions, got \[2, 3\]"):
+        run(x[0], None, weights)
+    with pytest.raises(RuntimeError, match=r"hx of size \[2, 5\], got \[3, 5\]"):
+        run(x, torch.randn(1, 3, 5), weights)
+    cell = rnnfast.functional.rnn_cell
+    with pytest.raises(RuntimeError, match=r"input of 2 dimensions, got \[4, 2, 3\]"):
+        cell(x, None, *weights)
+    with pytest.raises(RuntimeError, match=r"hx of size \[2, 5\], got \[3, 5\]"):
+        cell(x[0], torch.randn(3, 5), *weights)
 
 
 @pytest.mark.parametrize("nonlinearity", ["nope", "TANH", None, ["tanh"]])

@@ -167,25 +167,29 @@ class Wrapped(nn.RNN):
 def test_what_is_not_swapped_is_reported_with_the_reason():
     patched = nn.RNN(3, 5)
     patched.forward = lambda x: x
+    checked = nn.RNN(3, 5)
+    checked.check_input = lambda *args: None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.RNN(3, 5))
     model = nn.ModuleDict(
         dict(sub=Wrapped(3, 5), lstm=nn.LSTM(3, 5), gru=nn.GRUCell(3, 5), patched=patched)
+        | dict(checked=checked)
         | dict(scripted=scripted, ours=rnnfast.RNN(3, 5), plain=nn.RNN(3, 5), other=nn.Linear(3, 5))
     )
     classes = {name: type(m) for name, m in model.items()}
     report = rnnfast.swap(model)
     assert report.changed == ["plain"]
     reasons = report.unchanged
-    assert list(reasons) == ["sub", "lstm", "gru", "patched", "scripted", "ours"]
+    assert list(reasons) == ["sub", "lstm", "gru", "patched", "checked", "scripted", "ours"]
     assert "test_swapping.Wrapped is a subclass" in reasons["sub"]
     assert "LSTM is not a cell" in reasons["lstm"]
     assert "GRUCell is not a cell" in reasons["gru"]
     assert "forward is replaced" in reasons["patched"]
+    assert "check_input is replaced" in reasons["checked"]
     assert "TorchScript" in reasons["scripted"]
     assert "already" in reasons["ours"]
-    assert str(report).splitlines()[0] == "swapped 1 of 7 recurrent modules"
+    assert str(report).splitlines()[0] == "swapped 1 of 8 recurrent modules"
     assert "  lstm (LSTM): not swapped: LSTM is not a cell that rnnfast has" in str(report)
     assert classes | {"plain": rnnfast.RNN} == {name: type(m) for name, m in model.items()}
     restored = rnnfast.restore(model)
@@ -241,6 +245,16 @@ def test_patch_nests_and_is_undone_by_exceptions():
     assert (nn.RNN, nn.RNNCell, nn.modules.RNN) == originals
     assert type(model.encoder["rnn"]) is rnnfast.RNN
     assert type(model.cell) is rnnfast.RNNCell
+
+
+def test_within_patch_a_model_of_theirs_can_be_swapped_and_restored():
+    model = nn.Sequential(nn.RNN(3, 5), nn.RNNCell(5, 5))
+    theirs = [type(m) for m in model]
+    with rnnfast.patch():
+        assert rnnfast.swap(model).changed == ["0", "1"]
+        assert [type(m) for m in model] == [rnnfast.RNN, rnnfast.RNNCell]
+        assert rnnfast.restore(model).changed == ["0", "1"]
+    assert [type(m) for m in model] == theirs
 
 
 def test_patched_code_builds_the_same_model(backend):
