@@ -102,6 +102,22 @@ const T* pack_into(T*& space, const Tensor& w, bool transposed, const Share& sha
   return packed;
 }
 
+// Runs loop(f, share) over all shares of a walk, of whose weights each packs what it reads:
+// pack(f, space, share), into `size` numbers. Threads that meet have one space, taken before they start:
+// if one of them failed to get its own, the others would wait for it for ever.
+template <class T, class Pass, class Pack, class Loop>
+void pack_and_walk(const Steps& steps, const Pass& f, Sharing sharing, int64_t size,
+                   const Pack& pack, const Loop& loop) {
+  const bool meeting = sharing.panels > 1;
+  Space<T> common(meeting ? size : 0);
+  steps.parallel<T>(f.walk, sharing, f.hidden_size, [&](const Share& share) {
+    Space<T> own(meeting ? 0 : size);
+    Pass with_weights = f;
+    pack(with_weights, meeting ? common.data() : own.data(), share);
+    loop(with_weights, share);
+  });
+}
+
 // b_ih + b_hh, each optional and of type Stored, padded to whole vectors: a packed [1, H].
 template <class T, class Stored = T>
 const T* pack_bias_into(T*& space, const Direction& layer) {

@@ -44,6 +44,11 @@ int64_t part_of(int64_t all, int64_t most) {
   return std::max<int64_t>((all + parts - 1) / parts, 1);
 }
 
+// Weights are widened and packed once for all threads.
+Sharing shared(const Steps& steps, const Walk& walk, int64_t K, int64_t H) {
+  return steps.sharing<float>(walk, K, H, /*each=*/false);
+}
+
 const float* pack_widened(float*& space, const Tensor& w, bool transposed, Sharing sharing) {
   return AT_DISPATCH_REDUCED_FLOATING_TYPES(w.scalar_type(), "rnnfast::rnn_layer", [&] {
     return pack_into<float, scalar_t>(space, w, transposed, sharing);
@@ -180,7 +185,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
       input.scalar_type(), "rnnfast::rnn_layer",
       [&] { return pack_bias_into<float, scalar_t>(space, layer); });
-  const Sharing sharing = steps.sharing<float>(f.walk, fused ? I + H : H, H);
+  const Sharing sharing = shared(steps, f.walk, fused ? I + H : H, H);
   if (T > 1) f.w_hh = pack_widened(space, layer.w_hh, true, sharing);
   if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
   if (fused) {
@@ -207,7 +212,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
       const Rows<float> x_rows = stretches.addressed(wide_x, range, false);
       f.x = Rows<const float>{x_rows.data, x_rows.stride_t, x_rows.stride_b};
       f.out = stretches.addressed(wide_out, range, true);
-      steps.parallel<float>(f.walk, steps.sharing<float>(f.walk, H + f.input_size, H), H,
+      steps.parallel<float>(f.walk, shared(steps, f.walk, H + f.input_size, H), H,
                             [&](const Share& share) { loop.forward(f, share); });
     } else {
       if (h0) add_widened_linear(z, *h0, layer.w_hh, spare / 2);
@@ -238,7 +243,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     f.walk = steps.walk;
     f.hidden_size = H;
     f.relu = relu;
-    if (T > 1) f.w_hh = pack_widened(space, w_hh, false, steps.sharing<float>(f.walk, H, H));
+    if (T > 1) f.w_hh = pack_widened(space, w_hh, false, shared(steps, f.walk, H, H));
     const OptionalTensor g_n = widened(grad_h_n);
     if (g_n) f.grad_h_n = Rows<const float>{g_n->const_data_ptr<float>(), 0, H};
     const Tensor wide_out = stretches.buffer(H, false), wide_dz = stretches.buffer(H, true);
@@ -258,7 +263,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
         widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }
-      steps.parallel<float>(f.walk, steps.sharing<float>(f.walk, H, H), H,
+      steps.parallel<float>(f.walk, shared(steps, f.walk, H, H), H,
                             [&](const Share& share) { loop.backward(f, share); });
       dz_s.copy_(rows.view(dz_s.sizes()));
       if (need_b) d_b = d_b.defined() ? d_b.add_(rows.sum(0)) : rows.sum(0);

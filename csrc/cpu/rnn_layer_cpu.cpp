@@ -180,22 +180,17 @@ void forward_loop(const Steps& steps, const Tensor& input, const Direction& laye
     f.h0 = Rows<const T>{data_of<const T>(h0), 0, h0.stride(0)};
   }
   if (steps.walk.seq_len == 1) return forward_step(steps, layer, f);
-  const Sharing sharing = steps.sharing<T>(f.walk, H + f.input_size, H);
-  const int64_t size = loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0);
   const bool each = each_packs((H + f.input_size) * H);
+  const Sharing sharing = steps.sharing<T>(f.walk, H + f.input_size, H, each);
+  const int64_t size = loop.packed_size(H, H) + (fused ? loop.packed_size(I, H) : 0);
   const auto pack = [&](Forward<T>& f, T* space, const auto& share) {
     f.w_hh = pack_into(space, layer.w_hh, true, share);
     if (fused) f.w_ih = pack_into(space, layer.w_ih, true, share);
   };
-  Space<T> packed(each ? 0 : size);
-  if (!each) pack(f, packed.data(), sharing);
-  steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) {
-    if (!each) return loop.forward(f, share);
-    Space<T> own(size);
-    Forward<T> with_own = f;
-    pack(with_own, own.data(), share);
-    loop.forward(with_own, share);
-  });
+  if (each) return pack_and_walk<T>(steps, f, sharing, size, pack, loop.forward);
+  Space<T> packed(size);
+  pack(f, packed.data(), sharing);
+  steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.forward(f, share); });
 }
 
 // -------------------------------------------------------------------------------------- backward
@@ -267,28 +262,26 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     f.grad_h_n = Rows<const T>{data_of<const T>(g_h_n), 0, g_h_n.stride(0)};
   }
   const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
-  Sharing sharing = steps.sharing<T>(f.walk, H, H);
-  const int64_t size = loop.packed_size(H, H);
   const bool each = each_packs(H * H, stretches.ranges().size());
-  const auto pack = [&](T* space, const auto& share) {
-    return pack_into(space, w_hh, false, share);
+  Sharing sharing = steps.sharing<T>(f.walk, H, H, each);
+  const int64_t size = loop.packed_size(H, H);
+  const auto pack = [&](Backward<T>& f, T* space, const auto& share) {
+    f.w_hh = pack_into(space, w_hh, false, share);
   };
   Space<T> packed(each ? 0 : size);
-  if (!each) f.w_hh = pack(packed.data(), sharing);
+  if (!each) pack(f, packed.data(), sharing);
   const Tensor dz = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
     const auto range = stretches.ranges()[i];
     stretches.carry(dz, i);
     std::tie(f.walk.begin, f.walk.end) = range;
     f.dz = stretches.addressed(dz, range, true);
-    if (stretches.ranges().size() > 1) sharing = steps.sharing<T>(f.walk, H, H);
-    steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) {
-      if (!each) return loop.backward(f, share);
-      Space<T> own(size);
-      Backward<T> with_own = f;
-      with_own.w_hh = pack(own.data(), share);
-      loop.backward(with_own, share);
-    });
+    if (stretches.ranges().size() > 1) sharing = steps.sharing<T>(f.walk, H, H, each);
+    if (each) {
+      pack_and_walk<T>(steps, f, sharing, size, pack, loop.backward);
+    } else {
+      steps.parallel<T>(f.walk, sharing, H, [&](const Share& share) { loop.backward(f, share); });
+    }
     if (i + 1 == stretches.ranges().size()) packed.free();
     use(range.first, range.second, stretches.rows(dz, range, true));
   }

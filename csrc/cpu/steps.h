@@ -21,8 +21,8 @@ int64_t panels_of(int64_t H) {
   return (H + columns - 1) / columns;
 }
 
-// In multiply-adds that take as long: waking a thread, about 4 us, and so what each is given at least;
-// a meeting of threads; a byte fetched from another core, 64 of them 12 ns; a number packed, 0.16 ns.
+// In multiply-adds, 50 to 100 a nanosecond, that take as long: waking a thread, and so what each is given
+// at least; a meeting of two; a byte fetched from another core; a number packed (notes/cpu.md, "Threads").
 // For tiles, which load many lines at a time, measured apart.
 inline constexpr int64_t kWorkPerThread = 200'000, kMeeting = 16'000;
 inline constexpr int64_t kFetchedByte = 16, kPacking = 16;
@@ -64,8 +64,7 @@ struct Sharing {
 };
 
 // Whether so many weights are packed by each thread for itself, in each of so many walks: that takes
-// less than to fetch what another has packed, and than to wake threads once more. 16-bit weights that
-// have to be widened are packed once for all.
+// less than to fetch what another has packed, and than to wake threads once more.
 inline bool each_packs(int64_t weights, int64_t walks = 1) { return weights * walks <= 32768; }
 
 // Where the steps lie, and the storage that a Walk points into.
@@ -74,6 +73,7 @@ struct Steps {
   int64_t rows = 0;  // over all steps
   std::vector<int64_t> first_row;
 
+  Steps(const Steps&) = delete;
   Steps(const Tensor& input, const OptionalTensor& sizes, bool reverse) {
     walk.reverse = reverse;
     if (!sizes) {
@@ -184,31 +184,38 @@ struct Steps {
   // How threads divide a walk whose steps are sums of K terms, whichever is estimated to take least
   // (notes/cpu.md, "Threads"): by rows, which never meet, but if the weights are many read those that
   // another has packed; or by panels of the H hidden units, each packing its own, and meeting after each
-  // step for the rest of the state; or not at all.
+  // step for the rest of the state; or not at all. `each` of them packs all that it reads, or not.
   template <class T>
-  Sharing sharing(const Walk& part, int64_t K, int64_t H) const {
+  Sharing sharing(const Walk& part, int64_t K, int64_t H, bool each) const {
     const int64_t B = walk.live(part.begin), steps = part.end - part.begin;
     const int64_t live = (row(part.end) - row(part.begin) + steps - 1) / steps;  // on average
-    const int64_t panels = panels_of<T>(H), bytes = sizeof(T);
+    const int64_t panels = panels_of<T>(H);
     const int64_t meeting = in_tiles<T>() ? kTileMeeting : kMeeting;
-    const int64_t fetched = in_tiles<T>() ? kTileFetchedByte : kFetchedByte;
+    const int64_t fetched = (in_tiles<T>() ? kTileFetchedByte : kFetchedByte) * int64_t(sizeof(T));
     const auto step = [&](int64_t rows) { return work_of_step<T>(rows, K, H); };
     const int64_t alone = steps * step(live);
-    const auto best = [&](int64_t parts) -> Sharing {
-      if (parts == 1) return {};
-      const int64_t by_rows = std::min(parts, B);
-      // The weights, once a walk. If each thread packs them, as one alone would, it is a margin: calls
-      // of 10 us lose more by threads that are far from each other than they gain by near ones.
-      const int64_t weights = K * H * (each_packs(K * H) ? kPacking : bytes * fetched);
-      const int64_t rows_time = kWorkPerThread + weights * steps / walk.seq_len +
-                                steps * step((live + by_rows - 1) / by_rows);
-      const int64_t by_panels = std::min(parts, panels);
-      const int64_t most = (panels + by_panels - 1) / by_panels;
-      const int64_t panels_time =
-          kWorkPerThread +
-          steps * (step(live) * most / panels + meeting + live * H * bytes * fetched);
-      if (std::min(rows_time, panels_time) >= alone) return {};
-      return rows_time <= panels_time ? Sharing{.rows = by_rows} : Sharing{.panels = by_panels};
+    // The weights: packed in each walk, or fetched once for all. A thread alone would pack them too, which
+    // leaves a margin: calls of 10 us lose more by threads that are far from each other than they gain by
+    // near ones.
+    const int64_t weights = each ? K * H * kPacking : K * H * fetched * steps / walk.seq_len;
+    const auto best = [&](int64_t threads) {
+      Sharing best;
+      int64_t least = alone, rounds = 0;
+      for (int64_t n = 2; n <= threads; ++n) {  // no more than it takes for the least time
+        while (int64_t(1) << rounds < n) ++rounds;  // a meeting's, as if two of them met in each
+        const int64_t by_rows = weights + steps * step((live + n - 1) / n);
+        if (n <= B && kWorkPerThread + by_rows < least) {
+          least = kWorkPerThread + by_rows;
+          best = {.rows = n};
+        }
+        const int64_t most = (panels + n - 1) / n, of_others = live * H * fetched;
+        const int64_t by_panels = steps * (step(live) * most / panels + meeting * rounds + of_others);
+        if (n <= panels && kWorkPerThread + by_panels < least) {
+          least = kWorkPerThread + by_panels;
+          best = {.panels = n};
+        }
+      }
+      return best;
     };
     // A small call is not worth sharing by any number of threads, and need not ask for it.
     const Sharing wished = best(threads_worth(alone));
