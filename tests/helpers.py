@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +52,38 @@ def assert_same(actual, expected, steps, terms, what="", scale=0.0):
     scale = max(expected.detach().abs().max().item(), scale, 1e-3)
     error = (actual.detach() - expected.detach()).abs().max().item() / scale
     assert error <= tolerance(expected.dtype, steps, terms), f"{what}: off by {error:.2e}"
+
+
+@contextmanager
+def float32_products(matmul, rnn):
+    """PyTorch's flags of what float32 products may be, cuBLAS' and cuDNN's RNN's."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag, value in zip(flags, (matmul, rnn), strict=True):
+            flag.fp32_precision = value
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+
+
+def check_tanh(device, ulps, units=1):
+    """The kernel's tanh through a layer that is nothing else: W_hh = 0, weights of one."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-38, 1, 2000)])
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+    x = torch.cat([x, torch.linspace(0.5624, 0.5626, 200), special]).to(device)
+    one, zero = torch.ones(units, 1, device=device), torch.zeros(units, units, device=device)
+    layer = (x.view(1, -1, 1), None, one, zero, None, None, None, "tanh", False)
+    y = torch.ops.rnnfast.rnn_layer(*layer)[1][:, 0]
+    truth = torch.tanh(x.double())
+    ordinary = truth.isfinite()
+    magnitude = truth.float().abs()
+    ulp = torch.nextafter(magnitude, torch.full_like(magnitude, 2)) - magnitude
+    error = ((y.double() - truth).abs() / ulp.double())[ordinary]
+    assert error.max() <= ulps
+    assert (y[ordinary].abs() <= 1).all()
+    assert torch.equal(y.isnan(), x.isnan())
 
 
 def rms(x):

@@ -7,7 +7,7 @@ has 20 multiprocessors, and clusters of up to 16 blocks.
 import pytest
 import torch
 from conftest import CUDA, ON_CPU, device_of
-from helpers import bound, check_layer, layer
+from helpers import bound, check_layer, check_tanh, float32_products, layer
 
 import rnnfast
 
@@ -43,9 +43,6 @@ def ops():
 @pytest.fixture
 def use(device, numbers):
     """Forces a variant, and allows TF32 where the numbers are that."""
-    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
-    before = matmul.fp32_precision, rnn.fp32_precision
-    matmul.fp32_precision = rnn.fp32_precision = "tf32" if numbers == "tf32" else "ieee"
 
     def force(name):
         clusters = ON_CPU["cuda"] or torch.cuda.get_device_capability(device) >= (9, 0)
@@ -53,9 +50,10 @@ def use(device, numbers):
             pytest.skip("clusters need compute capability 9.0")
         ops()._cuda_use_variant(name)
 
-    yield force
+    precision = "tf32" if numbers == "tf32" else "ieee"
+    with float32_products(precision, precision):
+        yield force
     ops()._cuda_use_variant("")
-    matmul.fp32_precision, rnn.fp32_precision = before
 
 
 def hidden_sizes(name):
@@ -156,24 +154,8 @@ def test_empty_batch(device):
 
 
 def test_tanh_is_accurate(device):
-    """The kernel's tanh through a layer that is nothing else: W_hh = 0, one weight of one.
-
-    2 ulp as the CPU kernel's; on a GPU exp is its fast one, with 2 ulp of its own."""
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-38, 1, 2000)])
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
-    x = torch.cat([x, torch.linspace(0.5624, 0.5626, 200), special]).to(device)
-    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
-    y = torch.ops.rnnfast.rnn_layer(
-        x.view(1, -1, 1), None, one, zero, None, None, None, "tanh", False
-    )[1][:, 0]
-    truth = torch.tanh(x.double())
-    ordinary = truth.isfinite()
-    magnitude = truth.float().abs()
-    ulp = torch.nextafter(magnitude, torch.full_like(magnitude, 2)) - magnitude
-    error = ((y.double() - truth).abs() / ulp.double())[ordinary]
-    assert error.max() <= (2 if ON_CPU["cuda"] else 4)
-    assert (y[ordinary].abs() <= 1).all()
-    assert torch.equal(y.isnan(), x.isnan())
+    """2 ulp as the CPU kernel's; on a GPU exp is its fast one, with 2 ulp of its own."""
+    check_tanh(device, 2 if ON_CPU["cuda"] else 4)
 
 
 @pytest.mark.parametrize("numbers", ["f32"])

@@ -56,6 +56,7 @@ def check(calls):
         ends = [0, *chain.from_iterable(sorted(ranges, key=lambda r: r[0]))]
         assert ends.pop() is None
         assert all(b == a + 1 for a, b in zip(ends[::2], ends[1::2], strict=True)), kind
+    assert sizes
     assert len(sizes) % (len(diagnosing._DTYPES) * 6) == 0
 
 

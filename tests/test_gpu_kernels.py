@@ -11,6 +11,7 @@ from helpers import (
     assert_as_accurate,
     assert_same,
     check_layer,
+    float32_products,
     layer,
     outputs_and_gradients,
 )
@@ -40,11 +41,8 @@ def device(backend, request):
 @pytest.fixture
 def tf32():
     """TF32 allowed, in matrix products as in cuDNN's RNN."""
-    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
-    before = matmul.fp32_precision, rnn.fp32_precision
-    matmul.fp32_precision = rnn.fp32_precision = "tf32"
-    yield
-    matmul.fp32_precision, rnn.fp32_precision = before
+    with float32_products("tf32", "tf32"):
+        yield
 
 
 # T, B, I, H: every row of the tables of configurations; the projection fused and not; on a GPU
@@ -166,9 +164,7 @@ def test_the_table_covers_what_was_measured_and_no_more(monkeypatch):
 
 @on_gpu
 def test_float32_is_as_accurate_as_cudnn(device):
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    try:
+    with float32_products("none", "ieee"):
         for T, B, I, H in ((30, 8, 4, 32), (200, 1, 8, 64), (20, 32, 64, 200)):
             theirs, exact = nn.RNN(I, H).to(device), nn.RNN(I, H, dtype=f64).to(device)
             ours = rnnfast.RNN(I, H).to(device)
@@ -183,8 +179,6 @@ def test_float32_is_as_accurate_as_cudnn(device):
                 results.append([out, *(p.grad for p in module.parameters())])
             for a, b, c in zip(*results, strict=True):
                 assert_as_accurate(a, b, c)
-    finally:
-        torch.backends.cudnn.rnn.fp32_precision = before
 
 
 @on_gpu
@@ -259,5 +253,7 @@ def test_autocast(device, dtype):
         actual, expected = ours(x)[0], theirs(x)[0]
         actual.float().sum().backward()
     assert actual.dtype == expected.dtype == dtype
-    assert (actual - expected).abs().max() < 8 * torch.finfo(dtype).eps
+    # As in test_module.py: 5 steps of a layer, of which cuDNN rounds five times and ours once each.
+    allowed = 4 * torch.finfo(dtype).eps * (5 * 6 / 12) ** 0.5
+    assert (actual.double() - expected.double()).abs().max() < allowed
     assert ours.weight_hh_l0.grad.dtype == f32

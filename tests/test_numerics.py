@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import require_extension
 from helpers import assert_as_accurate, assert_same, compare, pack, pair, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -505,8 +506,8 @@ def calls(draw):
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_generated_calls(name, call):
     config, lengths, kind, with_state, every, seed = call
-    if name == "cpu" and rnnfast.backends.extension_error is not None:
-        pytest.skip(rnnfast.backends.extension_error)
+    if name == "cpu":
+        require_extension()
     theirs, ours = pair(**config, seed=seed, dtype=f64)
     B, T, I = len(lengths), max(lengths), config["input_size"]
     states = len(ours.all_weights)

@@ -6,7 +6,7 @@ Their results are checked in test_gpu_kernels.py.
 import pytest
 import torch
 from conftest import TRITON, device_of
-from helpers import check_layer
+from helpers import check_layer, check_tanh, float32_products
 
 import rnnfast
 from rnnfast import dispatch, triton_layer
@@ -31,26 +31,9 @@ def test_a_tile_of_32_rows(device, dtype):
 
 
 def test_tanh_is_accurate(device):
-    """The kernel's tanh through a layer that is nothing else: W_hh = 0, one weight of one.
-
-    2 ulp as the CPU kernel's; on a GPU exp is its fast one, with 2 ulp of its own."""
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-38, 1, 2000)])
-    x = torch.cat([x, torch.linspace(0.5624, 0.5626, 200)]).to(device)
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
-    x = torch.cat([x, special.to(device)])
-    one, zero = torch.ones(16, 1, device=device), torch.zeros(16, 16, device=device)
+    """2 ulp as the CPU kernel's; on a GPU exp is its fast one, with 2 ulp of its own."""
     with triton_layer.using(Config(1024 if INTERPRETED else 16, 16, 1, 4, dot=True)):
-        y = torch.ops.rnnfast.rnn_layer(
-            x.view(1, -1, 1), None, one, zero, None, None, None, "tanh", False
-        )[1][:, 0]
-    truth = torch.tanh(x.double())
-    ordinary, bound = truth.isfinite(), 2 if INTERPRETED else 4
-    magnitude = truth.float().abs()
-    ulp = torch.nextafter(magnitude, torch.full_like(magnitude, 2)) - magnitude
-    error = ((y.double() - truth).abs() / ulp.double())[ordinary]
-    assert error.max() <= bound
-    assert (y[ordinary].abs() <= 1).all()
-    assert torch.equal(y.isnan(), x.isnan())
+        check_tanh(device, 2 if INTERPRETED else 4, units=16)
 
 
 def test_what_it_cannot_run_is_said(device):
@@ -100,14 +83,8 @@ def test_an_override_holds_within_its_block_and_where_it_fits():
 )
 def test_tf32_needs_both_flags(matmul, rnn, allowed):
     assert not dispatch.tf32_allowed()  # the defaults
-    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = matmul
-        torch.backends.cudnn.rnn.fp32_precision = rnn
+    with float32_products(matmul, rnn):
         assert dispatch.tf32_allowed() == allowed
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before[0]
-        torch.backends.cudnn.rnn.fp32_precision = before[1]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted, it does run there")
