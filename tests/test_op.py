@@ -1,6 +1,7 @@
 """torch.ops.rnnfast.*: the compiled kernels below the modules."""
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -247,6 +248,8 @@ SIXTEEN_BIT = [
     (2, 66, 20, 113, None),
     (5, 50, 40, 70, [5] * 20 + [4] * 13 + [2] * 15 + [1] * 2),
     (12, 60, 40, 50, None),  # more rows than dz is kept of at a time
+    (40, 35, 9, 21, None),  # so many that each thread has a part of the batch
+    (30, 12, 20, 40, [30] * 5 + [29] * 3 + [10] * 4),
 ]
 
 
@@ -259,6 +262,50 @@ def test_sixteen_bits_are_close_to_float64(size, dtype, nonlinearity, reverse):
     helpers.check_layer(
         "cpu", dtype, *shape, nonlinearity=nonlinearity, reverse=reverse, lengths=lengths
     )
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sixteen_bits_of_any_strides_and_threads(dtype, threads, reverse, set_threads):
+    """What one thread makes of adjacent rows, where each may be rounded to its other neighbour."""
+    T, B, I, H = 25, 33, 20, 40
+    x, h, *weights = layer(T, B, I, H, dtype)
+    call = None, "tanh", reverse
+    operands = x, h, *weights[:2]
+    set_threads(1)
+    out, h_n = torch.ops.rnnfast.rnn_layer(x, h, *weights, *call)
+    grad_out, grad_h_n = torch.cos(out), torch.cos(h_n)
+    given = grad_out, grad_h_n, *operands, out, *call
+    expected = torch.ops.rnnfast.rnn_layer_backward(*given, [True] * 5)
+
+    def same(a, b):
+        assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
+
+    def apart(y):  # batch-first, as one half of wider rows
+        return torch.cat([y, y], -1).transpose(0, 1).contiguous()[..., : y.size(-1)].transpose(0, 1)
+
+    set_threads(threads)
+    with torch.inference_mode():
+        for y, truth in zip(
+            torch.ops.rnnfast.rnn_layer(apart(x), h, *weights, *call), (out, h_n), strict=True
+        ):
+            same(y, truth)
+    given = apart(grad_out), grad_h_n, apart(x), h, *weights[:2], apart(out), *call
+    for wanted in itertools.product([False, True], repeat=5):
+        grads = torch.ops.rnnfast.rnn_layer_backward(*given, list(wanted))
+        for grad, truth, needed in zip(grads, expected, wanted, strict=True):
+            if needed:
+                same(grad, truth)
+            else:
+                assert grad is None
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])

@@ -3,7 +3,8 @@
 // of training needs no more memory than nn.RNN's, which widens nothing: W_hh goes straight into the
 // time loop's panels; steps are taken in stretches; products over all steps widen a block of a
 // weight and some rows at a time. Between the recurrence of the backward and its products, dz is
-// stored in 16 bits, like the outputs.
+// stored in 16 bits, like the outputs, unless the weights are few beside the rows: then each stretch
+// is done with before the next, by each thread for a part of the batch.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -59,19 +60,44 @@ OptionalTensor widened(const OptionalTensor& x) {
   return x ? OptionalTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-// to = x[r : r + n, c : c + m], of a 16-bit matrix x. A few numbers are done before a call of the
-// library's begins.
+// A few numbers are widened before a call of the library's begins.
+constexpr int64_t kFewNumbers = 32768;
+
+template <class Stored>
+void widen_few(float* to, int64_t ld, const Stored* from, int64_t n, int64_t m, int64_t stride_r,
+               int64_t stride_c) {
+  if (stride_c == 1 && stride_r == m && ld == m) return widen(from, 1, n * m, to);
+  for (int64_t i = 0; i < n; ++i) widen(from + i * stride_r, stride_c, m, to + i * ld);
+}
+
+// to = x[r : r + n, c : c + m], of a 16-bit matrix x.
 void widen_block(float* to, int64_t ld, const Tensor& x, int64_t r, int64_t n, int64_t c,
                  int64_t m) {
-  if (n * m > 32768) {
+  if (n * m > kFewNumbers) {
     at::from_blob(to, {n, m}, {ld, 1}, at::kFloat).copy_(x.narrow(0, r, n).narrow(1, c, m));
     return;
   }
   AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "rnnfast::rnn_layer", [&] {
     const int64_t stride_r = x.stride(0), stride_c = x.stride(1);
-    const scalar_t* from = x.const_data_ptr<scalar_t>() + r * stride_r + c * stride_c;
-    if (stride_c == 1 && stride_r == m && ld == m) return widen(from, 1, n * m, to);
-    for (int64_t i = 0; i < n; ++i) widen(from + i * stride_r, stride_c, m, to + i * ld);
+    widen_few(to, ld, x.const_data_ptr<scalar_t>() + r * stride_r + c * stride_c, n, m, stride_r,
+              stride_c);
+  });
+}
+
+// The rows of some steps, of a 16-bit tensor [T, B, F] or [rows, F].
+void widen_rows(float* to, const Tensor& x) {
+  if (x.dim() == 2) return widen_block(to, x.size(1), x, 0, x.size(0), 0, x.size(1));
+  if (x.numel() > kFewNumbers) {
+    at::from_blob(to, x.sizes(), at::kFloat).copy_(x);
+    return;
+  }
+  AT_DISPATCH_REDUCED_FLOATING_TYPES(x.scalar_type(), "rnnfast::rnn_layer", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    const bool even = x.stride(0) == x.size(1) * x.stride(1);
+    const int64_t runs = even ? 1 : x.size(0), rows = x.size(0) * x.size(1) / runs, F = x.size(2);
+    for (int64_t t = 0; t < runs; ++t) {
+      widen_few(to + t * rows * F, F, from + t * x.stride(0), rows, F, x.stride(1), x.stride(2));
+    }
   });
 }
 
@@ -163,10 +189,43 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   }
 }
 
-}  // namespace
+// -------------------------------------------------------------------------- parts of the batch
+//
+// Where the weights are few beside the rows, each thread has a part of the batch for the whole layer:
+// it widens, walks and sums its own rows, and nothing but its sums of gradients goes to another core.
 
-void forward_16bit(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
-                   const Tensor& out) {
+// Whether float32 copies of the weights and of their gradients, for each part, take no more memory than
+// the outputs.
+bool few_weights(const Steps& steps, int64_t I, int64_t H, int64_t parts = 1) {
+  return 2 * parts * (I + H) <= steps.rows;
+}
+
+int64_t parts_of_batch(const Steps& steps, int64_t I, int64_t H) {
+  if (steps.packed() || steps.walk.seq_len == 1) return 1;
+  int64_t parts = steps.sharing<float>(steps.walk, I + H, H, /*each=*/true).rows;
+  while (parts > 1 && !few_weights(steps, I, H, parts)) --parts;
+  return parts;
+}
+
+// f(part, b0, n) for each: sequences [b0, b0 + n).
+template <class F>
+void for_each_part(const Steps& steps, int64_t parts, const F& f) {
+  const int64_t B = steps.walk.batch;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // as in the thread that called
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t b0 = B * part / parts;
+      f(part, b0, B * (part + 1) / parts - b0);
+    }
+  });
+}
+
+OptionalTensor narrowed(const OptionalTensor& x, int64_t dim, int64_t begin, int64_t n) {
+  return x ? OptionalTensor(x->narrow(dim, begin, n)) : std::nullopt;
+}
+
+void forward_of_part(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                     const Tensor& out) {
   const int64_t I = layer.w_ih.size(1), H = layer.w_hh.size(0), T = steps.walk.seq_len;
   const auto& loop = time_loop<float>();
   const int64_t spare = spare_floats(steps, I, H);
@@ -200,7 +259,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
     const Tensor out_s = steps.part(out, range.first, range.second);
     const Tensor rows = stretches.rows(wide_x, range, false);
     const Tensor z = stretches.rows(wide_out, range, true);
-    widen_block(wide_x.mutable_data_ptr<float>(), I, flat(x_s), 0, rows.size(0), 0, I);
+    widen_rows(wide_x.mutable_data_ptr<float>(), x_s);
     stretches.carry(wide_out, i);
     if (!fused) {
       float* to = z.mutable_data_ptr<float>();
@@ -225,12 +284,175 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
   }
 }
 
+// Gradients that are asked for: of the weights in float32, to be added to, the others in 16 bits.
+struct Wanted {
+  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
+};
+
+// c += a^T b, and column_sums += the sum of a's rows.
+void add_outer(const Tensor& c, const float* a, const float* b, int64_t rows, float* column_sums) {
+  const int64_t M = c.size(0), N = c.size(1);
+  OuterSum<float> f = {.rows = rows, .N = N, .a = a, .lda = M, .b = b, .ldb = N,
+                       .c = c.mutable_data_ptr<float>(), .ldc = N, .column_sums = column_sums};
+  by_gradient_rows<float>(M, rows * M * N, [&](int64_t m0, int64_t m1) {
+    time_loop<float>().outer_sum(f, m0, m1);
+  });
+}
+
+// A stretch of steps at a time: its rows are widened, walked, and multiplied while they are at hand.
+void backward_of_part(const Steps& steps, const OptionalTensor& grad_out,
+                      const OptionalTensor& grad_h_n, const Tensor& input, const OptionalTensor& hx,
+                      const Tensor& w_ih, const Tensor& w_hh, const Tensor& out, bool relu,
+                      const Wanted& wanted) {
+  const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
+  const bool reverse = steps.walk.reverse;
+  const int64_t spare = spare_floats(steps, I, H);
+  const auto& loop = time_loop<float>();
+  const Stretches<float> stretches(steps, !reverse, rows_at_a_time(steps, H, spare));
+  Space<float> packed(loop.packed_size(H, H));
+  float* space = packed.data();
+  Backward<float> f;
+  f.walk = steps.walk;
+  f.hidden_size = H;
+  f.relu = relu;
+  f.w_hh = pack_widened(space, w_hh, false, shared(steps, f.walk, H, H));
+  const OptionalTensor g_n = widened(grad_h_n);
+  if (g_n) f.grad_h_n = Rows<const float>{g_n->const_data_ptr<float>(), 0, H};
+
+  const Tensor& d_w_ih = wanted.d_w_ih;
+  const Tensor& d_w_hh = wanted.d_w_hh;
+  float* d_b = wanted.d_b.defined() ? wanted.d_b.mutable_data_ptr<float>() : nullptr;
+  const Tensor wide_w_ih = wanted.d_x.defined() ? *widened(w_ih) : Tensor();
+  const Tensor d_x = wanted.d_x.defined() ? stretches.buffer(I, false) : Tensor();
+  const Tensor wide_x = d_w_ih.defined() ? stretches.buffer(I, false) : Tensor();
+  const Tensor wide_h = stretches.buffer(H, true), wide_dz = stretches.buffer(H, true);
+  const bool entered = hx && (wanted.d_h.defined() || d_w_hh.defined());
+  const Tensor dz_first = entered ? empty({steps.walk.batch, H}, at::kFloat) : Tensor();
+  for (size_t i = 0; i < stretches.ranges().size(); ++i) {
+    const auto range = stretches.ranges()[i];
+    const auto [begin, end] = range;
+    const Tensor dz = stretches.rows(wide_dz, range, true);
+    const int64_t n_rows = dz.size(0);
+    stretches.carry(wide_dz, i);
+    // The outputs of the stretch, and of the step from which the forward entered it.
+    const int64_t h_begin = begin - (!reverse && begin > 0), h_end = end + (reverse && end < T);
+    widen_rows(wide_h.mutable_data_ptr<float>(), steps.part(out, h_begin, h_end));
+    const auto h_row = [&](int64_t row) {
+      return wide_h.const_data_ptr<float>() + (row - steps.row(h_begin)) * H;
+    };
+    f.walk.begin = begin;
+    f.walk.end = end;
+    f.out = {h_row(0), steps.walk.batch * H, H};
+    f.dz = stretches.addressed(wide_dz, range, true);
+    if (grad_out) {  // each number is read where its dz is written
+      widen_rows(dz.mutable_data_ptr<float>(), steps.part(*grad_out, begin, end));
+      f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
+    }
+    steps.parallel<float>(f.walk, shared(steps, f.walk, H, H), H,
+                          [&](const Share& share) { loop.backward(f, share); });
+
+    const float* dz_rows = dz.const_data_ptr<float>();
+    const int64_t first = steps.row(begin);
+    if (d_w_ih.defined()) {
+      float* x = wide_x.mutable_data_ptr<float>();
+      widen_rows(x, steps.part(input, begin, end));
+      add_outer(d_w_ih, dz_rows, x, n_rows, d_b);
+    } else if (d_b) {
+      wanted.d_b.add_(dz.sum(0));
+    }
+    if (d_w_hh.defined()) {
+      steps.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
+        add_outer(d_w_hh, dz_rows + (at - first) * H, h_row(before), n, nullptr);
+      });
+    }
+    if (entered) {
+      steps.for_each_start(begin, end, [&](int64_t at, int64_t b, int64_t n) {
+        Steps::copy_rows(dz, at - first, dz_first, b, n);
+      });
+    }
+    if (wanted.d_x.defined()) {
+      const Tensor rows = d_x.narrow(0, 0, n_rows);
+      product_into<float>(rows, Tensor(), dz, wide_w_ih);
+      const Tensor to = steps.part(wanted.d_x, begin, end);
+      to.copy_(rows.view(to.sizes()));
+    }
+  }
+  if (!entered) return;
+  if (d_w_hh.defined()) {
+    const Tensor h0 = *widened(hx);
+    add_outer(d_w_hh, dz_first.const_data_ptr<float>(), h0.const_data_ptr<float>(), h0.size(0),
+              nullptr);
+  }
+  if (wanted.d_h.defined()) wanted.d_h.copy_(at::mm(dz_first, *widened(w_hh)));
+}
+
+// The same for parts of the batch, whose sums are added up at the end.
+Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTensor& grad_out,
+                            const OptionalTensor& grad_h_n, const Tensor& input,
+                            const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
+                            const Tensor& out, bool relu, std::array<bool, 5> output_mask) {
+  const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
+  const int64_t I = w_ih.size(1), H = w_hh.size(0);
+  const auto stored = input.scalar_type();
+  const auto sums = [&](bool need, at::IntArrayRef sizes) {
+    return need ? zeros(sizes, at::kFloat) : Tensor();
+  };
+  std::vector<Wanted> wanted(parts);
+  for (Wanted& part : wanted) {
+    part.d_w_ih = sums(need_w_ih, {H, I});
+    part.d_w_hh = sums(need_w_hh, {H, H});
+    part.d_b = sums(need_b, {H});
+  }
+  Wanted& all = wanted[0];
+  const Tensor d_x = need_x ? empty(input.sizes(), stored) : Tensor();
+  const Tensor d_h = need_h && hx ? empty(hx->sizes(), stored) : Tensor();
+  if (parts == 1) {
+    all.d_x = d_x;
+    all.d_h = d_h;
+    backward_of_part(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu, all);
+  } else {
+    for_each_part(steps, parts, [&](int64_t part, int64_t b0, int64_t n) {
+      const Tensor x = input.narrow(1, b0, n);
+      Wanted& own = wanted[part];
+      if (need_x) own.d_x = d_x.narrow(1, b0, n);
+      if (d_h.defined()) own.d_h = d_h.narrow(0, b0, n);
+      backward_of_part(Steps(x, std::nullopt, steps.walk.reverse), narrowed(grad_out, 1, b0, n),
+                       narrowed(grad_h_n, 0, b0, n), x, narrowed(hx, 0, b0, n), w_ih, w_hh,
+                       out.narrow(1, b0, n), relu, own);
+    });
+  }
+  const auto total = [&](Tensor Wanted::*sum) {
+    if (!(all.*sum).defined()) return Tensor();
+    for (int64_t part = 1; part < parts; ++part) (all.*sum).add_(wanted[part].*sum);
+    return (all.*sum).to(stored);
+  };
+  return {d_x, d_h, total(&Wanted::d_w_ih), total(&Wanted::d_w_hh), total(&Wanted::d_b)};
+}
+}  // namespace
+
+void forward_16bit(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
+                   const Tensor& out) {
+  const int64_t parts = parts_of_batch(steps, layer.w_ih.size(1), layer.w_hh.size(0));
+  if (parts == 1) return forward_of_part(steps, input, layer, relu, out);
+  for_each_part(steps, parts, [&](int64_t, int64_t b0, int64_t n) {
+    const Tensor x = input.narrow(1, b0, n);
+    Direction own = layer;
+    own.hx = narrowed(layer.hx, 0, b0, n);
+    forward_of_part(Steps(x, std::nullopt, steps.walk.reverse), x, own, relu, out.narrow(1, b0, n));
+  });
+}
+
 Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& input,
                          const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
                          const Tensor& out, bool relu, std::array<bool, 5> output_mask) {
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
+  const bool own_sums = worth_own_sums<float>(H * std::max(I, H));
+  if (T > 1 && own_sums && few_weights(steps, I, H)) {
+    return backward_by_parts(parts_of_batch(steps, I, H), steps, grad_out, grad_h_n, input, hx, w_ih,
+                             w_hh, out, relu, output_mask);
+  }
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
   const Tensor dz = empty(out.sizes(), out.scalar_type());
@@ -252,15 +474,14 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
       const Tensor out_s = steps.part(out, range.first, range.second);
       const Tensor dz_s = steps.part(dz, range.first, range.second);
       const Tensor rows = stretches.rows(wide_dz, range, true);
-      widen_block(wide_out.mutable_data_ptr<float>(), H, flat(out_s), 0, rows.size(0), 0, H);
+      widen_rows(wide_out.mutable_data_ptr<float>(), out_s);
       stretches.carry(wide_dz, i);
       std::tie(f.walk.begin, f.walk.end) = range;
       const Rows<float> h_rows = stretches.addressed(wide_out, range, false);
       f.out = Rows<const float>{h_rows.data, h_rows.stride_t, h_rows.stride_b};
       f.dz = stretches.addressed(wide_dz, range, true);
       if (grad_out) {  // each number is read where its dz is written
-        const Tensor g_s = flat(steps.part(*grad_out, range.first, range.second));
-        widen_block(rows.mutable_data_ptr<float>(), H, g_s, 0, rows.size(0), 0, H);
+        widen_rows(rows.mutable_data_ptr<float>(), steps.part(*grad_out, range.first, range.second));
         f.grad_out = Rows<const float>{f.dz.data, f.dz.stride_t, f.dz.stride_b};
       }
       steps.parallel<float>(f.walk, shared(steps, f.walk, H, H), H,
