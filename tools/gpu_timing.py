@@ -309,7 +309,8 @@ def step_of(ops: Any, name: str, H: int, dry_run: bool) -> dict[str, Any]:
     import torch
 
     import rnnfast
-    from benchmarks.measure import Entry, interleave
+    from benchmarks.contenders import Entry
+    from benchmarks.measure import interleave
 
     device, B, lengths = ("cpu", 2, (1, 3)) if dry_run else ("cuda", 8, (128, 1024))
     bf16 = torch.bfloat16
