@@ -73,13 +73,19 @@ def rnn(
             input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, drop, bidirectional,
             batch_first,
         )  # fmt: skip
-    if backend == "torch":  # which checks less, and in words of its own
-        _check(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
-               batch_first)  # fmt: skip
-    return by_layers(
-        backend, input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+    rank = 3 if batch_sizes is None else 2
+    if backend == "torch" and input.dim() != rank:  # it would take some, and compute otherwise
+        raise RuntimeError(f"rnnfast: expected input of {rank} dimensions, got {list(input.shape)}")
+    arguments = (
+        input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
         bidirectional, batch_first,
     )  # fmt: skip
+    if backend != "torch" or is_compiling():
+        return by_layers(backend, *arguments)
+    try:
+        return by_layers(backend, *arguments)
+    except (RuntimeError, IndexError) as error:  # PyTorch's own words: ours, if they say more
+        raise _refusal(error, lambda: _check(*arguments)) from None
 
 
 def _check_states(
@@ -106,6 +112,19 @@ def _counts(bias: bool, bidirectional: bool) -> tuple[int, int]:
     return (2 if bidirectional else 1), (4 if bias else 2)
 
 
+def _refusal(error: Exception, check: Callable[[], None]) -> Exception:
+    """What a check says of a call that failed with an error, or that error.
+
+    Under autocast the tensors need not fit: they are cast first.
+    """
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        try:
+            check()
+        except RuntimeError as refused:
+            return refused
+    return error
+
+
 def _check(
     input: Tensor,
     hx: Tensor | None,
@@ -114,10 +133,12 @@ def _check(
     nonlinearity: str,
     bias: bool,
     num_layers: int,
+    dropout: float,
+    training: bool,
     bidirectional: bool,
     batch_first: bool,
 ) -> None:
-    """Raise what the op raises of its arguments."""
+    """Raise what the op raises of the number, sizes, dtypes and devices of its tensors."""
     _check_states(hx, weights, bias, num_layers, bidirectional)
     directions, per_layer = _counts(bias, bidirectional)
     x = input.transpose(0, 1) if batch_first and input.dim() == 3 else input
@@ -145,20 +166,20 @@ def by_layers(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`rnn` on a backend of :func:`backends.select`, where no op runs the whole call."""
-    _check_states(hx, weights, bias, num_layers, bidirectional)
-    directions, per_layer = _counts(bias, bidirectional)
     exporter = onnx.exporter()
+    if exporter == "torchscript" or (backend == "torch" and exporter is None):
+        return _torch_rnn(
+            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+            bidirectional, batch_first,
+        )  # fmt: skip
+    _check_states(hx, weights, bias, num_layers, bidirectional)
     if exporter == "export":
         return onnx.rnn(
             input, hx, weights, batch_sizes=batch_sizes, nonlinearity=nonlinearity, bias=bias,
             num_layers=num_layers, dropout=dropout, training=training,
             bidirectional=bidirectional, batch_first=batch_first,
         )  # fmt: skip
-    if backend == "torch" or exporter == "torchscript":
-        return _torch_rnn(
-            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
-            bidirectional, batch_first,
-        )  # fmt: skip
+    directions, per_layer = _counts(bias, bidirectional)
     layer_of: _Layer = (
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
@@ -236,6 +257,22 @@ def _torch_rnn(
     return out, h_n
 
 
+def _torch_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    nonlinearity: str,
+) -> Tensor:
+    """PyTorch's own implementation of a step."""
+    run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
+    h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
+    result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
+    return result
+
+
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -274,13 +311,15 @@ def rnn_cell(
         )
     if onnx.exporter():  # ONNX has no cell, and takes plain operators
         backend = "reference"
-    if 0 not in w_ih.shape and backend == "torch":
-        reference.check_layer(input[None], hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity)
     if backend == "torch" or 0 in w_ih.shape:  # unlike a layer, a cell may have no inputs or units
-        run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
-        h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
-        result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
-        return result
+        cell = input, hx, w_ih, w_hh, b_ih, b_hh
+        if is_compiling() or 0 in w_ih.shape:
+            return _torch_cell(*cell, nonlinearity)
+        try:
+            return _torch_cell(*cell, nonlinearity)
+        except (RuntimeError, IndexError) as error:
+            layer = input[None], *cell[1:], None, nonlinearity
+            raise _refusal(error, lambda: reference.check_layer(*layer)) from None
     layer_of: _Layer = (
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )

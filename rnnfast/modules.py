@@ -19,8 +19,6 @@ from . import backends, functional
 
 __all__ = ["RNN", "RNNCell"]
 
-#: What the op takes of a module besides tensors.
-_KINDS = {"num_layers": int, "dropout": int | float, "bidirectional": bool, "batch_first": bool}
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 _NONLINEARITIES = {mode: name for name, mode in _MODES.items()}
@@ -171,6 +169,7 @@ class RNN(nn.RNNBase):
             # The op refuses all that nn.RNN does; nn.RNN's checks (10 % of a small call) run only
             # now, for their messages.
             _say(self._check, input, hx, weights, batch_sizes)
+            _say(self._check_kinds)
             raise
         self._check(input, hx, weights, batch_sizes)
         return functional.by_layers(
@@ -190,14 +189,17 @@ class RNN(nn.RNNBase):
         for i, weight in enumerate(weights):
             if weight is None and i:  # the first fails where its dtype is read, as in nn.RNN
                 raise TypeError(f"expected Tensor as element {i} in argument 2, but got NoneType")
-        for name, kind in _KINDS.items():
-            if not isinstance(value := getattr(self, name), kind):
-                was = type(value).__name__
-                raise TypeError(f"rnn_{self.nonlinearity}(): {name} must be {kind}, not {was}")
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)  # no trace can read a packed batch's size
         else:
             self.check_forward_args(input, hx, batch_sizes)
+
+    def _check_kinds(self) -> None:
+        for name, kind in (("dropout", float), ("bidirectional", bool), ("batch_first", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kind | int):
+                was = type(value).__name__
+                raise TypeError(f"argument '{name}' must be {kind.__name__}, not {was}")
 
     def _current_weights(self) -> list[Tensor | None]:
         """``_flat_weights``, made the current weights as nn.RNN does before each call.

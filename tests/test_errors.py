@@ -3,8 +3,10 @@ dtypes or devices that did not fit."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from conftest import require_extension
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -134,18 +136,45 @@ def test_a_dropout_that_is_no_probability_is_refused_by_the_call(any_backend):
     assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
 
+@pytest.mark.parametrize("forced", ["cpu", "torch"])
 @pytest.mark.parametrize(
-    ("name", "value"), [("bidirectional", "yes"), ("dropout", None), ("batch_first", [])]
+    ("name", "value"), [("bidirectional", "yes"), ("dropout", None), ("dropout", "a")]
 )
-def test_a_flag_that_is_none_is_refused_by_the_call(any_backend, name, value):
+def test_a_setting_of_another_kind_is_refused_by_the_call(forced, name, value):
+    if forced == "cpu":
+        require_extension()
+
     def call(rnn):
         module = rnn(3, 5, 2)
         setattr(module, name, value)
         module(torch.randn(4, 2, 3))
 
-    theirs, ours = failures(call)
-    assert type(ours) is type(theirs), (ours, theirs)
-    assert name in str(ours)
+    with rnnfast.backend(forced):
+        theirs, ours = failures(call)
+    assert type(ours) is type(theirs) is TypeError
+    if forced == "cpu":  # PyTorch's own words are its own
+        assert name in str(ours)
+
+
+def test_settings_from_numpy_do_not_hide_an_error(any_backend):
+    ours = rnnfast.RNN(3, 5, np.int64(2))
+    assert ours(torch.randn(4, 2, 3))[0].shape == (4, 2, 5)
+    with pytest.raises(RuntimeError, match="Expected 3, got 7"):
+        ours(torch.randn(4, 2, 7))
+
+
+def test_autocast_casts_before_anything_is_compared(any_backend):
+    """As a cell's loop does, whose state is narrower than its input from the second step on."""
+    x, weights = torch.randn(4, 2, 3), raw()
+    cell = rnnfast.RNNCell(3, 5)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        h = None
+        for step in x:
+            h = cell(step, h)
+        assert h.dtype == torch.bfloat16
+        narrow = x.bfloat16()
+        assert rnnfast.functional.rnn(narrow, None, weights)[0].dtype == torch.bfloat16
+        assert rnnfast.functional.rnn_cell(narrow[0], None, *weights).dtype == torch.bfloat16
 
 
 def test_autocast_does_not_make_numbers_of_integers(any_backend):

@@ -1,16 +1,21 @@
 """Peak memory of a training step: no more than nn.RNN's."""
 
+from statistics import median
+
 import pytest
 import torch
 from helpers import pack, pair
 from torch.profiler import ProfilerActivity, profile
 
-B, T, SIZE = 32, 60, 128
+B, T = 32, 60
 
+# name: (features, constructor arguments)
 CASES = {
-    "plain": {},
-    "two layers, bidirectional": dict(num_layers=2, bidirectional=True),
-    "packed": {},
+    "plain": (128, {}),
+    "as many weights as 16 bits take whole": (B * T // 8, {}),
+    "more than those": (B * T // 8 + 1, {}),
+    "two layers, bidirectional": (128, dict(num_layers=2, bidirectional=True)),
+    "packed": (128, {}),
 }
 
 
@@ -25,7 +30,8 @@ def one_thread():
 def peak_bytes(call):
     """Most bytes that torch's allocator had handed out at once, beyond those from before.
 
-    The profiler reports the allocations of the calling thread, which must be the only one.
+    The profiler reports the allocations of the calling thread, which must be the only one, and now
+    and then misses one: ask for several times.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
@@ -40,8 +46,9 @@ def peak_bytes(call):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
-    theirs, ours = pair(SIZE, SIZE, dtype=dtype, **CASES[case])
-    x = torch.randn(T, B, SIZE, dtype=dtype)
+    size, kwargs = CASES[case]
+    theirs, ours = pair(size, size, dtype=dtype, **kwargs)
+    x = torch.randn(T, B, size, dtype=dtype)
     if case == "packed":
         x = pack([x[: T - b, b] for b in range(B)])
 
@@ -56,7 +63,7 @@ def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
             data(module(x)[0]).backward(grad)
 
         step()
-        return peak_bytes(step)
+        return median(peak_bytes(step) for _ in range(5))
 
     limit = peak(theirs)
     assert limit > data(x).nbytes  # the output's size: something was seen

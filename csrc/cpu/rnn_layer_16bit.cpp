@@ -1,10 +1,10 @@
 // A layer stored in float16, or in bfloat16 where the processor has no products of it. The
-// arithmetic, and the state from step to step, are float32. Nothing is widened whole, so that a step
-// of training needs no more memory than nn.RNN's, which widens nothing: W_hh goes straight into the
-// time loop's panels; steps are taken in stretches; products over all steps widen a block of a
-// weight and some rows at a time. Between the recurrence of the backward and its products, dz is
-// stored in 16 bits, like the outputs, unless the weights are few beside the rows: then each stretch
-// is done with before the next, by each thread for a part of the batch.
+// arithmetic, and the state from step to step, are float32. Nothing large is widened whole, as nn.RNN
+// widens nothing: W_hh goes straight into the time loop's panels; steps are taken in stretches; products
+// over all steps widen a block of a weight and some rows at a time. Between the recurrence of the
+// backward and its products, dz is stored in 16 bits, like the outputs, unless the weights are few
+// beside the rows: then each stretch is done with before the next, by each thread for a part of the
+// batch.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -195,9 +195,9 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
 // it widens, walks and sums its own rows, and nothing but its sums of gradients goes to another core.
 
 // Whether float32 copies of the weights and of their gradients, for each part, take no more memory than
-// the outputs.
+// the outputs; and the buffers of a step little of it.
 bool few_weights(const Steps& steps, int64_t I, int64_t H, int64_t parts = 1) {
-  return 2 * parts * (I + H) <= steps.rows;
+  return 4 * parts * (I + H) <= steps.rows && steps.walk.seq_len >= 8;
 }
 
 int64_t parts_of_batch(const Steps& steps, int64_t I, int64_t H) {
@@ -308,7 +308,9 @@ void backward_of_part(const Steps& steps, const OptionalTensor& grad_out,
   const bool reverse = steps.walk.reverse;
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
-  const Stretches<float> stretches(steps, !reverse, rows_at_a_time(steps, H, spare));
+  // Buffers of dz and h, each with the step before, of x and of d_x.
+  const int64_t most = (spare - 2 * steps.walk.batch * H) / (2 * (I + H));
+  const Stretches<float> stretches(steps, !reverse, std::clamp<int64_t>(most, 32, 512));
   Space<float> packed(loop.packed_size(H, H));
   float* space = packed.data();
   Backward<float> f;

@@ -8,9 +8,8 @@
 
 namespace rnnfast::cpu {
 
-// The output of a forward, and the gradients
-// that output_mask asks for, of tensors stored in bfloat16 or float16, in float32 arithmetic. There
-// is at least one row.
+// The output of a forward, and the gradients that output_mask asks for, of tensors stored in bfloat16
+// or float16, in float32 arithmetic. There is at least one row.
 void forward_16bit(const Steps& steps, const Tensor& input, const Direction& layer, bool relu,
                    const Tensor& out);
 Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,

@@ -24,7 +24,7 @@
 // No function of the standard library is instantiated here: it could be shared with code that must
 // run without these instructions.
 
-// Vectors are passed only between functions of this file.
+// Vectors are passed only between functions of this file and of those that it includes.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
