@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import _VF, Tensor
@@ -14,6 +15,23 @@ from torch.compiler import is_compiling
 from . import backends, onnx, reference
 
 __all__ = ["rnn", "rnn_cell"]
+
+
+class Call(NamedTuple):
+    """The arguments of :func:`rnn`, which says what they are."""
+
+    input: Tensor
+    hx: Tensor | None
+    weights: Sequence[Tensor]
+    batch_sizes: Tensor | None
+    nonlinearity: str
+    bias: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+
 
 _Layer = Callable[..., tuple[Tensor, Tensor]]
 
@@ -76,24 +94,23 @@ def rnn(
     rank = 3 if batch_sizes is None else 2
     if backend == "torch" and input.dim() != rank:  # it would take some, and compute otherwise
         raise RuntimeError(f"rnnfast: expected input of {rank} dimensions, got {list(input.shape)}")
-    arguments = (
+    call = Call(
         input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
         bidirectional, batch_first,
     )  # fmt: skip
     if backend != "torch" or is_compiling():
-        return by_layers(backend, *arguments)
+        return by_layers(backend, call)
     try:
-        return by_layers(backend, *arguments)
+        return by_layers(backend, call)
     except (RuntimeError, IndexError) as error:  # PyTorch's own words: ours, if they say more
-        raise _refusal(error, lambda: _check(*arguments)) from None
+        raise _refusal(error, lambda: _check(call)) from None
 
 
-def _check_states(
-    hx: Tensor | None, weights: Sequence[Tensor], bias: bool, num_layers: int, bidirectional: bool
-) -> None:
+def _check_states(call: Call) -> None:
+    _, hx, weights, _, _, bias, num_layers, _, _, bidirectional, _ = call
     if num_layers <= 0:
         raise RuntimeError(f"rnnfast: expected num_layers greater than zero, got {num_layers}")
-    directions, per_layer = _counts(bias, bidirectional)
+    directions, per_layer = _counts(call)
     if len(weights) != per_layer * directions * num_layers:
         raise RuntimeError(
             f"rnnfast: expected {per_layer * directions * num_layers} weights for "
@@ -107,9 +124,9 @@ def _check_states(
         )
 
 
-def _counts(bias: bool, bidirectional: bool) -> tuple[int, int]:
+def _counts(call: Call) -> tuple[int, int]:
     """Directions, and weights of each."""
-    return (2 if bidirectional else 1), (4 if bias else 2)
+    return (2 if call.bidirectional else 1), (4 if call.bias else 2)
 
 
 def _refusal(error: Exception, check: Callable[[], None]) -> Exception:
@@ -125,22 +142,11 @@ def _refusal(error: Exception, check: Callable[[], None]) -> Exception:
     return error
 
 
-def _check(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> None:
+def _check(call: Call) -> None:
     """Raise what the op raises of the number, sizes, dtypes and devices of its tensors."""
-    _check_states(hx, weights, bias, num_layers, bidirectional)
-    directions, per_layer = _counts(bias, bidirectional)
+    _check_states(call)
+    input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, *_, batch_first = call
+    directions, per_layer = _counts(call)
     x = input.transpose(0, 1) if batch_first and input.dim() == 3 else input
     for layer in range(num_layers):
         for state in range(layer * directions, (layer + 1) * directions):
@@ -151,35 +157,21 @@ def _check(
         x = x.new_empty(()).expand(*x.shape[:-1], directions * w_hh.shape[0])
 
 
-def by_layers(
-    backend: str,
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor]:
+def by_layers(backend: str, call: Call) -> tuple[Tensor, Tensor]:
     """:func:`rnn` on a backend of :func:`backends.select`, where no op runs the whole call."""
     exporter = onnx.exporter()
     if exporter == "torchscript" or (backend == "torch" and exporter is None):
-        return _torch_rnn(
-            input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
-            bidirectional, batch_first,
-        )  # fmt: skip
-    _check_states(hx, weights, bias, num_layers, bidirectional)
+        return _torch_rnn(call)
+    _check_states(call)
+    (input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+     bidirectional, batch_first) = call  # fmt: skip
     if exporter == "export":
         return onnx.rnn(
             input, hx, weights, batch_sizes=batch_sizes, nonlinearity=nonlinearity, bias=bias,
             num_layers=num_layers, dropout=dropout, training=training,
             bidirectional=bidirectional, batch_first=batch_first,
         )  # fmt: skip
-    directions, per_layer = _counts(bias, bidirectional)
+    directions, per_layer = _counts(call)
     layer_of: _Layer = (
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default
     )
@@ -228,20 +220,10 @@ def takes_whole_calls(backend: str) -> bool:
     return has_op and not (is_compiling() or _get_tracing_state())
 
 
-def _torch_rnn(
-    input: Tensor,
-    hx: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor]:
+def _torch_rnn(call: Call) -> tuple[Tensor, Tensor]:
     """PyTorch's own implementation of the same call."""
+    (input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, dropout, training,
+     bidirectional, batch_first) = call  # fmt: skip
     run = _VF.rnn_tanh if nonlinearity == "tanh" else _VF.rnn_relu
     if hx is None:
         batch = (
@@ -255,22 +237,6 @@ def _torch_rnn(
         else run(input, batch_sizes, hx, *config)
     )
     return out, h_n
-
-
-def _torch_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    nonlinearity: str,
-) -> Tensor:
-    """PyTorch's own implementation of a step."""
-    run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
-    h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
-    result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
-    return result
 
 
 def rnn_cell(
@@ -312,13 +278,15 @@ def rnn_cell(
     if onnx.exporter():  # ONNX has no cell, and takes plain operators
         backend = "reference"
     if backend == "torch" or 0 in w_ih.shape:  # unlike a layer, a cell may have no inputs or units
-        cell = input, hx, w_ih, w_hh, b_ih, b_hh
-        if is_compiling() or 0 in w_ih.shape:
-            return _torch_cell(*cell, nonlinearity)
+        run = _VF.rnn_tanh_cell if nonlinearity == "tanh" else _VF.rnn_relu_cell
         try:
-            return _torch_cell(*cell, nonlinearity)
+            h0 = input.new_zeros((input.size(0), w_hh.size(1))) if hx is None else hx
+            result: Tensor = run(input, h0, w_ih, w_hh, b_ih, b_hh)
+            return result
         except (RuntimeError, IndexError) as error:
-            layer = input[None], *cell[1:], None, nonlinearity
+            if is_compiling() or 0 in w_ih.shape:
+                raise
+            layer = input[None], hx, w_ih, w_hh, b_ih, b_hh, None, nonlinearity
             raise _refusal(error, lambda: reference.check_layer(*layer)) from None
     layer_of: _Layer = (
         reference.rnn_layer if backend == "reference" else torch.ops.rnnfast.rnn_layer.default

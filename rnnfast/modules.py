@@ -172,11 +172,11 @@ class RNN(nn.RNNBase):
             _say(self._check_kinds)
             raise
         self._check(input, hx, weights, batch_sizes)
-        return functional.by_layers(
-            backend, input, hx, weights,  # type: ignore[arg-type]
+        return functional.by_layers(backend, functional.Call(
+            input, hx, weights,  # type: ignore[arg-type]
             batch_sizes, nonlinearity, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, self.batch_first,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _check(
         self,

@@ -201,7 +201,7 @@ bool few_weights(const Steps& steps, int64_t I, int64_t H, int64_t parts = 1) {
 }
 
 int64_t parts_of_batch(const Steps& steps, int64_t I, int64_t H) {
-  if (steps.packed() || steps.walk.seq_len == 1) return 1;
+  if (steps.packed() || !few_weights(steps, I, H, 2)) return 1;
   int64_t parts = steps.sharing<float>(steps.walk, I + H, H, /*each=*/true).rows;
   while (parts > 1 && !few_weights(steps, I, H, parts)) --parts;
   return parts;
@@ -244,13 +244,15 @@ void forward_of_part(const Steps& steps, const Tensor& input, const Direction& l
   const float* bias = AT_DISPATCH_REDUCED_FLOATING_TYPES(
       input.scalar_type(), "rnnfast::rnn_layer",
       [&] { return pack_bias_into<float, scalar_t>(space, layer); });
-  const Sharing sharing = shared(steps, f.walk, fused ? I + H : H, H);
-  if (T > 1) f.w_hh = pack_widened(space, layer.w_hh, true, sharing);
   if (h0) f.h0 = Rows<const float>{h0->const_data_ptr<float>(), 0, H};
-  if (fused) {
-    f.input_size = I;
-    f.w_ih = pack_widened(space, layer.w_ih, true, sharing);
-    f.bias = bias;
+  if (T > 1) {
+    const Sharing sharing = shared(steps, f.walk, fused ? I + H : H, H);
+    f.w_hh = pack_widened(space, layer.w_hh, true, sharing);
+    if (fused) {
+      f.input_size = I;
+      f.w_ih = pack_widened(space, layer.w_ih, true, sharing);
+      f.bias = bias;
+    }
   }
   const Tensor wide_x = stretches.buffer(I, false), wide_out = stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
@@ -292,8 +294,9 @@ struct Wanted {
 // c += a^T b, and column_sums += the sum of a's rows.
 void add_outer(const Tensor& c, const float* a, const float* b, int64_t rows, float* column_sums) {
   const int64_t M = c.size(0), N = c.size(1);
-  OuterSum<float> f = {.rows = rows, .N = N, .a = a, .lda = M, .b = b, .ldb = N,
-                       .c = c.mutable_data_ptr<float>(), .ldc = N, .column_sums = column_sums};
+  const OuterSum<float> f = {.rows = rows, .N = N, .a = a, .lda = M, .b = b, .ldb = N,
+                             .c = c.mutable_data_ptr<float>(), .ldc = N,
+                             .column_sums = column_sums};
   by_gradient_rows<float>(M, rows * M * N, [&](int64_t m0, int64_t m1) {
     time_loop<float>().outer_sum(f, m0, m1);
   });
@@ -451,7 +454,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
   const bool own_sums = worth_own_sums<float>(H * std::max(I, H));
-  if (T > 1 && own_sums && few_weights(steps, I, H)) {
+  if (own_sums && few_weights(steps, I, H)) {
     return backward_by_parts(parts_of_batch(steps, I, H), steps, grad_out, grad_h_n, input, hx, w_ih,
                              w_hh, out, relu, output_mask);
   }
