@@ -245,7 +245,10 @@ def _pre_activation_gradients(
         if carried < live:
             end = g[carried:]
             parts.append(end if grad_h_n is None else end + grad_h_n[carried:live])
-        dhs[t] = torch.cat(parts) if parts else g
+        if len(parts) > 1:
+            dhs[t] = torch.cat(parts)
+        else:  # none of an empty batch
+            dhs[t] = parts[0] if parts else g
         dzs[t] = dz = _through(dhs[t], h, nonlinearity)
     return dhs, dzs
 
@@ -425,10 +428,12 @@ def rnn_layer_double_backward(
         d_out = torch.cat(d_outs)
         if hx is not None:
             d_hx = _last(passed) if reverse else passed[0]
-    r_n = rs[0] if reverse else _last(rs)
+    r_n = None
+    if grad_h_n is not None:
+        r_n = rs[0] if reverse else _last(rs)
     return (
         None if grad_out is None else torch.cat(rs).reshape(out.shape),
-        None if grad_h_n is None else r_n,
+        r_n,
         None if gg_w_ih is None else (dz @ gg_w_ih).reshape(input.shape),
         d_hx,
         None if gg_input is None else dz.t() @ gg_input.flatten(0, -2),
