@@ -10,6 +10,7 @@ import platform
 import signal
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,6 +41,7 @@ def diagnosis() -> dict[str, Any]:
         "build": backends.build_record(),
         "extension_error": backends.extension_error,
         "forced_backend": backends.forced(),
+        "gpu_wins": [asdict(win) for win in backends.GPU_WINS],
         "taken": backends.TAKEN,
         "calls": list(_calls()),
     }
@@ -234,6 +236,8 @@ def main() -> None:
     threads = found["threads"]
     print(f"CPU        {_cpu(found)}, {threads} thread{'s' * (threads > 1)}")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
+    rows = len(found["gpu_wins"])
+    print(f"GPU wins   {f'{rows} classes of calls' if rows else 'none measured'}")
     print(f"triton     {found['triton'] or 'not installed'}")
     print(f"forced     {found['forced_backend'] or 'nothing (RNNFAST_BACKEND, rnnfast.backend)'}")
     print("", *_table(found["calls"]), sep="\n")

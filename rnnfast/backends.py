@@ -6,7 +6,8 @@ backend     what it is                               taken when
 cpu         C++ time loop, ``torch.ops.rnnfast.*``   CPU or meta tensors of a floating dtype, and
                                                      the extension is built for this torch
 cuda        the same op in CUDA C++                  CUDA tensors where it was measured to win
-                                                     (nowhere yet), or where it is forced
+                                                     (nowhere yet but on a GPU of your own, by
+                                                     ``tools/gpu_check.py``), or where it is forced
 triton      the same op by Triton                    the same
 torch       PyTorch's own RNN (cuDNN on CUDA)        where no kernel of ours applies, so that a
                                                      call is never slower than nn.RNN's: devices
@@ -18,7 +19,8 @@ reference   plain PyTorch, :mod:`rnnfast.reference`  everything else: forward-mo
 ==========  =======================================  ==============================================
 
 ``RNNFAST_BACKEND=NAME`` or ``with rnnfast.backend(NAME)`` forces one; a forced backend that cannot
-run a call raises RuntimeError and says why.
+run a call raises RuntimeError and says why. ``RNNFAST_GPU_WINS=FOLDER/gpu_wins.json`` takes our GPU
+kernels where ``python tools/gpu_check.py FOLDER`` found them right and no slower than cuDNN.
 """
 
 from __future__ import annotations
@@ -230,7 +232,7 @@ class Win:
 
     backend: str  #: "cuda" or "triton"
     capability: tuple[int, int]  #: of the GPU measured; no other is assumed to be like it
-    dtype: torch.dtype
+    precision: str  #: of the products, by the name that dispatch.precision gives it
     hidden_sizes: tuple[int, int]  #: from, to
     packed: bool
 
@@ -238,22 +240,53 @@ class Win:
         """Whether the measurement speaks for this call."""
         least, largest = self.hidden_sizes
         return (
-            input.dtype == self.dtype
-            and packed == self.packed
+            packed == self.packed
             and least <= hidden_size <= largest
-            and torch.cuda.get_device_capability(input.device) == self.capability
+            and dispatch.precision(input.dtype) == self.precision
+            and _capability(input.get_device()) == self.capability
         )
 
 
-#: Empty as long as no figure was measured on a GPU: every CUDA call is PyTorch's own then, and our
-#: kernels run where they are forced. A row needs the run of tools/gpu_check.py that shows it.
-GPU_WINS: tuple[Win, ...] = ()
+def _read_wins(file: str | None) -> tuple[Win, ...]:
+    """The rows of a file that tools/gpu_check.py wrote on this machine; none without a file."""
+    if not file:
+        return ()
+    try:
+        wins = tuple(
+            Win(row["backend"], tuple(row["capability"]), row["precision"],
+                tuple(row["hidden_sizes"]), row["packed"])
+            for row in json.loads(Path(file).read_text())["wins"]
+        )  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RuntimeError(
+            f"RNNFAST_GPU_WINS={file} is no gpu_wins.json of tools/gpu_check.py: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if unknown := {win.backend for win in wins} - {"cuda", "triton"}:
+        raise RuntimeError(f"RNNFAST_GPU_WINS={file} names no backends of GPUs: {unknown}")
+    return wins
+
+
+#: Where a GPU kernel of ours is taken, the best first. None is known until a figure was measured on
+#: a GPU: every CUDA call is PyTorch's own then, and our kernels run where they are forced, or where
+#: a run of tools/gpu_check.py on the user's own GPU found them faster.
+GPU_WINS: tuple[Win, ...] = _read_wins(os.environ.get("RNNFAST_GPU_WINS"))
+
+
+@dispatch.constant_in_a_graph
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@dispatch.constant_in_a_graph
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _winner(input: Tensor, hidden_size: int | None, packed: bool) -> str | None:
     if hidden_size is None or not GPU_WINS:
         return None
-    if packed and torch.cuda.is_current_stream_capturing():  # batch_sizes would have to be copied
+    if packed and _capturing():  # batch_sizes would have to be copied
         return None
     for win in GPU_WINS:
         if win.covers(input, hidden_size, packed) and not BACKENDS[win.backend](input, hidden_size):

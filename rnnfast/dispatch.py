@@ -18,6 +18,7 @@ __all__ = [
     "constant_in_a_graph",
     "has_compiled_kernels",
     "one_direction_at_a_time",
+    "precision",
     "tf32_allowed",
 ]
 
@@ -50,6 +51,21 @@ def tf32_allowed() -> bool:
     matmul: str = torch.backends.cuda.matmul.fp32_precision
     rnn: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return matmul == rnn == "tf32"
+
+
+@constant_in_a_graph
+def precision(dtype: torch.dtype) -> str:
+    """What a layer's products are computed in, as the grid of tools/gpu_check.py names it.
+
+    A dtype's name; float32's with ``ieee`` or ``tf32``, or ``default`` under PyTorch's own flags:
+    float32 here, beside cuDNN's TF32.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        return name
+    if torch.backends.cudnn.rnn.fp32_precision != "tf32":  # type: ignore[attr-defined]
+        return f"{name} ieee"
+    return f"{name} {'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'default'}"
 
 
 @cache

@@ -45,6 +45,27 @@ def test_environment_variable_forces_a_backend():
     assert python(code, RNNFAST_BACKEND="torch").stdout.strip() == "torch"
 
 
+def test_a_file_of_gpu_wins_fills_the_table(tmp_path):
+    file = tmp_path / "gpu_wins.json"
+    row = {"backend": "cuda", "capability": [9, 0], "precision": "bfloat16",
+           "hidden_sizes": [16, 256], "packed": True}  # fmt: skip
+    file.write_text(json.dumps({"gpu": "a GPU", "wins": [row]}))
+    code = "from rnnfast.backends import GPU_WINS, Win;"
+    code += "assert GPU_WINS == (Win('cuda', (9, 0), 'bfloat16', (16, 256), True),), GPU_WINS"
+    run = python(code, RNNFAST_GPU_WINS=str(file))
+    assert run.returncode == 0, run.stderr
+    for wrong in ("", "{}", "[]", '{"wins": [{}]}', '{"wins": [3]}', '{"wins": 3}'):
+        file.write_text(wrong)
+        with pytest.raises(RuntimeError, match=r"gpu_wins\.json is no gpu_wins\.json of tools/"):
+            rnnfast.backends._read_wins(str(file))
+    file.write_text(json.dumps({"wins": [row | {"backend": "cpu"}]}))
+    with pytest.raises(RuntimeError, match=r"names no backends of GPUs: {'cpu'}"):
+        rnnfast.backends._read_wins(str(file))
+    run = python("import rnnfast", RNNFAST_GPU_WINS=str(tmp_path / "none.json"))
+    assert "RuntimeError: RNNFAST_GPU_WINS=" in run.stderr
+    assert "FileNotFoundError" in run.stderr
+
+
 def test_context_manager_nests_and_restores():
     x = torch.ones(1)
     before = rnnfast.backends.select(x)

@@ -222,6 +222,25 @@ def test_what_decides_on_a_gpu_is_a_constant_of_a_graph(monkeypatch):
         assert torch.equal(graph(torch.ones(2, 5)), torch.full((2, 5), 2.0))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_measured_on_a_gpu_decides_in_a_graph(monkeypatch, packed):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", lambda x, hidden_size: None)
+    win = backends.Win("cuda", (9, 0), "float32 default", (1, 16), packed=packed)
+    monkeypatch.setattr(backends, "GPU_WINS", (win,))
+
+    def decides(x):
+        if (backends._winner(x, 16, packed), backends._winner(x, 17, packed)) == ("cuda", None):
+            return x + 1
+        return x
+
+    graph = torch.compile(decides, fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(graph(torch.ones(2, 5)), torch.full((2, 5), 2.0))
+
+
 def test_autocast_and_cell_in_a_graph(compiled):
     cell = rnnfast.RNNCell(3, 5)
     ours = rnnfast.RNN(3, 5)

@@ -112,7 +112,7 @@ def h100s(monkeypatch):
 
 
 def test_on_a_gpu_the_sizes_are_those_of_the_kernels_and_of_the_measurements(h100s, monkeypatch):
-    win = backends.Win("triton", (9, 0), torch.float32, (1, 64), packed=True)
+    win = backends.Win("triton", (9, 0), "float32 default", (1, 64), packed=True)
     monkeypatch.setattr(backends, "GPU_WINS", (win,))
     calls = diagnosis()["calls"]
     check(calls)

@@ -1,5 +1,6 @@
 """What tools/gpu_check.py makes of rows put together by hand; times need a GPU."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -39,22 +40,21 @@ def rows_of(cells, times):
 
 def test_ratios_compare_with_nn_rnn_in_the_same_cell(tools):
     _, timing, report = tools
-    cells = timing.cells_of([(2, 4, 3, 16)], False)
+    cells = [c for c in timing.cells_of([(2, 4, 3, 16)], False) if c.precision != "float32 ieee"]
     rows = rows_of(cells[:1], {"nn.RNN": 30.0, "rnnfast cuda": 10.0})
     rows += rows_of(cells[1:2], {"rnnfast cuda": 10.0})  # no baseline
     refused = asdict(cells[2]) | {"contender": "rnnfast triton", "refused": "too large"}
     rows += [*rows_of(cells[2:3], {"nn.RNN": 30.0}), refused]
     assert report.ratios(rows) == {("rnnfast cuda", cells[0]): 3.0}
+    assert report.ratios(rows, "host_us") == {}
 
 
 def suggested(tools, cells, **ours):
-    """The rows that are suggested, as the table's own type."""
+    """The rows that are suggested."""
     _, _, report = tools
     times = {"nn.RNN": 10.0} | {f"rnnfast {name}": time for name, time in ours.items()}
     found = report.ratios(rows_of(cells, times))
-    rows = report.suggestions(found, cells, (9, 0))
-    Win = rnnfast.backends.Win
-    return [eval(row.split(",  #")[0], {"Win": Win, "torch": torch}) for row in rows]
+    return [row.win for row in report.suggestions(found, cells, (9, 0))]
 
 
 def test_a_win_needs_every_cell_of_its_class(tools):
@@ -62,19 +62,64 @@ def test_a_win_needs_every_cell_of_its_class(tools):
     Win = rnnfast.backends.Win
     sizes = (16, 64, 256, 512, 1024)
     cells = [*timing.cells_of([(B, 4, 1, H) for B in (1, 8) for H in sizes], False)]
-    everything = [
-        Win("cuda", (9, 0), dtype, sizes, packed=False)
-        for dtype in (torch.float32, torch.bfloat16)
+    everything = {
+        Win("cuda", (9, 0), precision, sizes, packed=False)
+        for precision in (*timing.PRECISIONS, "float32 default")
         for sizes in ((16, 256), (512, 1024))
-    ]
-    assert sorted(map(str, suggested(tools, cells, cuda=5.0))) == sorted(map(str, everything))
+    }
+    assert set(suggested(tools, cells, cuda=5.0)) == everything
     assert not suggested(tools, cells, cuda=10.1)
-    # One cell lost: a batch, with TF32, in training. It costs float32 that hidden size.
+    # One cell lost: a batch, with TF32, in training. It costs TF32 that hidden size.
     lost = replace(cells[0], B=8, H=64, precision="float32 tf32", work="training")
-    rows = suggested(tools, cells, cuda=lambda c: 10.1 if c == lost else 5.0)
-    float32 = [row.hidden_sizes for row in rows if row.dtype == torch.float32]
-    assert sorted(float32) == [(16, 16), (256, 256), (512, 1024)]
-    assert everything[2] in rows
+    rows = set(suggested(tools, cells, cuda=lambda c: 10.1 if c == lost else 5.0))
+    tf32 = [row.hidden_sizes for row in rows if row.precision == "float32 tf32"]
+    assert sorted(tf32) == [(16, 16), (256, 256), (512, 1024)]
+    assert {row for row in everything if row.precision != "float32 tf32"} < rows
+
+
+def test_under_default_flags_ours_in_float32_is_beside_cudnns_tf32(tools):
+    _, timing, report = tools
+    cells = timing.cells_of([(2, 4, 3, 16)], False)
+    theirs = {"float32 ieee": 20.0, "float32 tf32": 8.0, "bfloat16": 20.0}
+    rows = rows_of(cells, {"nn.RNN": lambda c: theirs[c.precision], "rnnfast cuda": 10.0})
+    found = report.ratios(rows)
+    for cell in cells:
+        if cell.precision == "float32 ieee":
+            assert found["rnnfast cuda", cell] == 2.0
+            assert found["rnnfast cuda", report.by_default(cell)] == 0.8
+    won = {row.win.precision for row in report.suggestions(found, cells, (9, 0))}
+    assert won == {"float32 ieee", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("ended", "right"),
+    [
+        ({}, {"cuda", "triton"}),
+        ({"racecheck": "skipped: there is no compute-sanitizer"}, {"cuda", "triton"}),
+        ({"memcheck": "cut off by its time limit"}, {"cuda", "triton"}),
+        ({"memcheck": "failed (exit status 1)"}, {"triton"}),
+        ({"every variant": "cut off by its time limit"}, {"triton"}),
+        ({"triton tests": "failed (exit status 1)"}, {"cuda"}),
+    ],
+)
+def test_wins_are_those_of_backends_that_passed_their_tests(
+    tools, tmp_path, monkeypatch, ended, right
+):
+    """And the file is what RNNFAST_GPU_WINS reads."""
+    check, timing, report = tools
+    cells = timing.cells_of([(1, 4, 1, 16), (1, 4, 1, 64)], True)
+    times = {"nn.RNN": 10.0, "rnnfast cuda": 5.0, "rnnfast triton": 4.0}
+    suggested = report.suggestions(report.ratios(rows_of(cells, times)), cells, (9, 0))
+    steps = {step.name: "passed" for step in check.gpu_steps(tmp_path, None)} | ended
+    assert set(steps) >= {*report.SANITIZERS, *itertools.chain(*report.TESTED_BY.values())}
+    about = dict.fromkeys(("gpu", "torch", "cudnn", "rnnfast", "commit"))
+    wins = report.wins(about | {"steps": steps}, suggested)
+    file = tmp_path / check.WINS
+    file.write_text(json.dumps(wins))
+    read = rnnfast.backends._read_wins(str(file))
+    assert read == tuple(row.win for row in suggested if row.win.backend in right)
+    assert {win.backend for win in read} == right
+    assert {win.hidden_sizes for win in read} == {(16, 64)}
 
 
 def test_what_was_not_measured_wins_nothing(tools):
@@ -82,8 +127,8 @@ def test_what_was_not_measured_wins_nothing(tools):
     cells = timing.cells_of([(1, 4, 1, 512)], True)
     rows = rows_of(cells[:-1], {"nn.RNN": 10.0, "rnnfast triton": 1.0})
     found = report.suggestions(report.ratios(rows), cells, (9, 0))
-    assert len(found) == 1
-    assert "torch.float32" in found[0]  # bfloat16's training is missing
+    measured = {"float32 ieee", "float32 tf32", "float32 default"}  # bfloat16's training is missing
+    assert {row.win.precision for row in found} == measured
 
 
 def test_the_faster_backend_is_suggested_first(tools):

@@ -151,9 +151,12 @@ def test_every_subset_of_gradients(device):
 
 def test_the_table_covers_what_was_measured_and_no_more(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    win = rnnfast.backends.Win("triton", (9, 0), f32, (8, 64), packed=True)
+    win = rnnfast.backends.Win("triton", (9, 0), "float32 default", (8, 64), packed=True)
     x = torch.ones(1)
     assert win.covers(x, 64, True)
+    for ours, cudnns in (("ieee", "ieee"), ("tf32", "ieee"), ("tf32", "tf32")):
+        with float32_products(ours, cudnns):
+            assert not win.covers(x, 64, True)
     assert not win.covers(x, 65, True)
     assert not win.covers(x, 7, True)
     assert not win.covers(x, 64, False)
@@ -188,9 +191,8 @@ def test_model_cuda_runs_on_what_the_table_says(backend, gpu, monkeypatch):
     monkeypatch.setattr(rnnfast.backends, "GPU_WINS", ())
     assert rnnfast.backends.select(x, 16) == "torch"
     expected = ours(x)[0]
-    win = rnnfast.backends.Win(
-        backend, torch.cuda.get_device_capability(gpu), f32, (1, 64), packed=False
-    )
+    capability = torch.cuda.get_device_capability(gpu)
+    win = rnnfast.backends.Win(backend, capability, "float32 default", (1, 64), packed=False)
     monkeypatch.setattr(rnnfast.backends, "GPU_WINS", (win,))
     assert rnnfast.backends.select(x, 16) == backend
     assert rnnfast.backends.select(x, 65) == "torch"

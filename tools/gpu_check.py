@@ -13,11 +13,14 @@ barriers (barriers.cu).
 
 FOLDER receives ``results.json`` (machine, versions, commit, steps, one row per cell and contender),
 ``grid.png``, ``sine_*.png`` and a log of each step; short tables are printed last (gpu_report.py),
-with the rows that GPU_WINS of rnnfast/backends.py could get. Each step has its own time limit (the
-grid's is kept free for it); what it cuts off is reported as cut off, and a step that cannot be
-taken is skipped by name. The exit status is 0 only if every step that was not skipped passed; the
-two after the grid, other packages and the rest of the tests (pytest tests -m gpu), get what time is
-left, and are no failure for want of it. No network is needed.
+with the rows that GPU_WINS of rnnfast/backends.py could get. ``gpu_wins.json`` has those of the
+backends whose tests passed: with RNNFAST_GPU_WINS set to it, rnnfast takes them on this machine.
+
+Each step has its own time limit (the grid's is kept free for it); what it cuts off is reported as
+cut off, and a step that cannot be taken is skipped by name. The exit status is 0 only if every step
+that was not skipped passed; the two after the grid, other packages and the rest of the tests
+(pytest tests -m gpu), get what time is left, and are no failure for want of it. No network is
+needed.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ INTERPRETED_SINE = (
     "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32';"
     "from rnnfast.sine import main; main(['--epochs', '1'])"
 )
+WINS = "gpu_wins.json"
 WATCHED = "RNNFAST_CHECK_WATCHED"  # set for the variants under a sanitizer
 GPU_TESTS = ("tests/test_cuda.py", "tests/test_gpu_kernels.py", "tests/test_triton.py")
 
@@ -342,7 +346,8 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             sys.exit("gpu_check: torch sees no GPU; --dry-run rehearses every step on the CPU")
-    for name in ("results.json", "grid.jsonl", "rivals.jsonl", "latency.json"):
+    os.environ.pop("RNNFAST_GPU_WINS", None)  # it may name the file that goes
+    for name in ("results.json", "grid.jsonl", "rivals.jsonl", "latency.json", WINS):
         (folder / name).unlink(missing_ok=True)
     if not dry_run and (home := cuda_home()):
         os.environ["CUDA_HOME"] = home
@@ -364,9 +369,15 @@ def main() -> None:
     done = [build, *steps]
     results = results_of(folder, dry_run, done)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    gpu_report.report(results, gpu_timing.grid_cells(dry_run), folder / "grid.png")
+    cells, found = gpu_timing.grid_cells(dry_run), gpu_report.ratios(results["rows"])
+    suggested = [] if dry_run else gpu_report.suggestions(found, cells, results["capability"])
+    gpu_report.report(results, cells, suggested, folder / "grid.png")
+    wins = gpu_report.wins(results, suggested)
+    (folder / WINS).write_text(json.dumps(wins, indent=1) + "\n")
     for step in done:
         print(f"{step.name:16} {step.outcome} ({step.took:.0f} s)")
+    if wins["wins"]:
+        print(f"To use these kernels on this machine: export RNNFAST_GPU_WINS={folder / WINS}")
     if any(step.failed for step in done):
         sys.exit(1)
 

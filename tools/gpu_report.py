@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_timing import PRECISIONS, WORKS, Cell
 
+if TYPE_CHECKING:  # it is imported where its extension has been built
+    from rnnfast.backends import Win
+
 BASELINE = "nn.RNN"
 BACKENDS = ("cuda", "triton")
+#: The steps that show a backend's results to be right, and those that watch CUDA C++'s kernels.
+TESTED_BY = {"cuda": ("cuda tests", "every variant"), "triton": ("triton tests",)}
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 #: Where cuDNN has a persistent kernel for dense inputs, and where it launches every step.
 CLASSES = {"H <= 256": range(1, 257), "H >= 512": range(512, 1 << 20)}
 Ratios = dict[tuple[str, Cell], float]
@@ -34,31 +40,59 @@ def cell_of(row: dict[str, Any]) -> Cell:
     return Cell(*(row[field.name] for field in fields(Cell)))
 
 
+def by_default(cell: Cell) -> Cell:
+    """An ``ieee`` cell under PyTorch's default flags, which leave TF32 to cuDNN alone."""
+    return replace(cell, precision="float32 default")
+
+
+def with_defaults(cells: list[Cell]) -> list[Cell]:
+    """These cells and those that the ratios add: float32's under PyTorch's default flags."""
+    return cells + [by_default(cell) for cell in cells if cell.precision == "float32 ieee"]
+
+
 def ratios(rows: list[dict[str, Any]], figure: str = "median_us") -> Ratios:
     """How many times as fast as nn.RNN, by contender and cell."""
     times = {(row["contender"], cell_of(row)): row[figure] for row in rows if figure in row}
-    return {
-        (contender, cell): times[BASELINE, cell] / time
-        for (contender, cell), time in times.items()
-        if contender != BASELINE and (BASELINE, cell) in times
-    }
+    found = {}
+    for (contender, cell), time in times.items():
+        beside = [(cell, cell)]
+        if cell.precision == "float32 ieee":
+            beside.append((by_default(cell), replace(cell, precision="float32 tf32")))
+        for ours, theirs in beside:
+            if contender != BASELINE and (BASELINE, theirs) in times:
+                found[contender, ours] = times[BASELINE, theirs] / time
+    return found
 
 
-def suggestions(found: Ratios, expected: list[Cell], capability: tuple[int, int]) -> list[str]:
+@dataclass(frozen=True)
+class Suggestion:
+    """A row for GPU_WINS, and the ratios behind it."""
+
+    win: Win
+    least: float
+    geomean: float
+
+
+def suggestions(
+    found: Ratios, expected: list[Cell], capability: tuple[int, int]
+) -> list[Suggestion]:
     """Rows for GPU_WINS, the best first.
 
-    A row covers neighbouring hidden sizes of one class at which every expected cell of the dtype
-    and layout was measured, and is at least as fast as nn.RNN: each batch and length, inference and
-    training, float32 with TF32 and without. A row cannot tell these apart.
+    A row covers neighbouring hidden sizes of one class at which every expected cell of the
+    precision and layout was measured, and is at least as fast as nn.RNN: each batch and length,
+    inference and training. A row cannot tell these apart.
     """
+    from rnnfast.backends import Win
+
     rows = []
-    dtypes = dict.fromkeys(cell.dtype for cell in expected)
-    for backend, dtype, packed, sizes in itertools.product(
-        BACKENDS, dtypes, (False, True), CLASSES.values()
+    cells = with_defaults(expected)
+    precisions = dict.fromkeys(cell.precision for cell in cells)
+    for backend, precision, packed, sizes in itertools.product(
+        BACKENDS, precisions, (False, True), CLASSES.values()
     ):
         by_size: dict[int, list[float]] = {}
-        for cell in expected:
-            if (cell.dtype, cell.packed) == (dtype, packed) and cell.H in sizes:
+        for cell in cells:
+            if (cell.precision, cell.packed) == (precision, packed) and cell.H in sizes:
                 ratio = found.get((f"rnnfast {backend}", cell), 0.0)
                 by_size.setdefault(cell.H, []).append(ratio)
         won = [(H, min(by_size[H]) >= 1) for H in sorted(by_size)]
@@ -66,11 +100,24 @@ def suggestions(found: Ratios, expected: list[Cell], capability: tuple[int, int]
             if wins:
                 covered = [H for H, _ in run]
                 values = [r for H in covered for r in by_size[H]]
-                row = f'Win("{backend}", {capability}, torch.{dtype}, '
-                row += f"({covered[0]}, {covered[-1]}), packed={packed}),"
-                row += f"  # least {min(values):.2f}, geomean {geometric_mean(values):.2f}"
-                rows.append((geometric_mean(values), row))
-    return [row for _, row in sorted(rows, reverse=True)]
+                win = Win(backend, capability, precision, (covered[0], covered[-1]), packed)
+                rows.append(Suggestion(win, min(values), geometric_mean(values)))
+    return sorted(rows, key=lambda row: -row.geomean)
+
+
+def wins(results: dict[str, Any], suggested: list[Suggestion]) -> dict[str, Any]:
+    """What RNNFAST_GPU_WINS reads: the suggestions of backends that passed their tests here."""
+    ended = results["steps"]
+    right = {
+        backend
+        for backend, steps in TESTED_BY.items()
+        if all(ended.get(step) == "passed" for step in steps)
+    }
+    if any(ended.get(step, "").startswith("failed") for step in SANITIZERS):
+        right.discard("cuda")
+    about = ("gpu", "torch", "cudnn", "rnnfast", "commit")
+    rows = [asdict(row.win) for row in suggested if row.win.backend in right]
+    return {key: results[key] for key in about} | {"wins": rows}
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -87,10 +134,10 @@ def summary(found: Ratios, expected: list[Cell]) -> Any:
     table.add_column("least at B T I H")
     contenders = dict.fromkeys(contender for contender, _ in found)
     for contender, (name, sizes), packed, precision in itertools.product(
-        contenders, CLASSES.items(), (False, True), PRECISIONS
+        contenders, CLASSES.items(), (False, True), (*PRECISIONS, "float32 default")
     ):
-        cells = [c for c in expected if (c.packed, c.precision) == (packed, precision)]
-        cells = [c for c in cells if c.H in sizes]
+        cells = [c for c in with_defaults(expected) if c.precision == precision]
+        cells = [c for c in cells if c.packed == packed and c.H in sizes]
         part = {c: found[contender, c] for c in cells if (contender, c) in found}
         if not part:
             continue
@@ -143,8 +190,10 @@ def step_latency(latency: dict[str, Any]) -> Any:
     return table
 
 
-def report(results: dict[str, Any], expected: list[Cell], picture: Path) -> None:
-    """Print the short tables, and draw the ratios."""
+def report(
+    results: dict[str, Any], expected: list[Cell], suggested: list[Suggestion], picture: Path
+) -> None:
+    """Print the short tables and the suggested rows, and draw the ratios."""
     from rich.console import Console
 
     console = Console(width=150, highlight=False)
@@ -172,13 +221,13 @@ def report(results: dict[str, Any], expected: list[Cell], picture: Path) -> None
         said = {(row["contender"], row[what]): row for row in rows if what in row}
         for contender, message in sorted(said)[:8]:
             console.print(f"  {what}: {contender}: {message}", markup=False)
-    wins = [] if results["dry_run"] else suggestions(found, expected, tuple(results["capability"]))
-    if wins:
-        console.print("GPU_WINS in rnnfast/backends.py could get (suggestions, the faster first):")
-        for row in wins:
-            console.print(f"    {row}", markup=False)
+    if suggested:
+        console.print("GPU_WINS of rnnfast/backends.py could get, the faster first:")
     elif not results["dry_run"]:
         console.print("GPU_WINS gets no row: no backend is at least as fast on all of a class.")
+    for row in suggested:
+        ratio = f"  # least {row.least:.2f}, geomean {row.geomean:.2f}"
+        console.print(f"    {row.win},{ratio}", markup=False)
 
 
 def plot(file: Path, found: Ratios) -> None:
