@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, library
@@ -30,15 +30,17 @@ _Asked = TypeVar("_Asked", bound=Callable[..., Any])
 def constant_in_a_graph(question: _Asked) -> _Asked:
     """Make the answer a constant in torch.compile's graphs, which cannot ask for it.
 
-    In a function of its own, because Dynamo warns of each cached function that it meets.
+    In a function of its own, because Dynamo warns of each cached function that it meets. It gets
+    the mark of torch.compiler.assume_constant_result, which would first import all of Dynamo, and
+    that takes as long as ``import torch``.
     """
 
     @wraps(question)
     def ask(*arguments: Any) -> Any:
         return question(*arguments)
 
-    constant: _Asked = torch.compiler.assume_constant_result(ask)  # type: ignore[no-untyped-call]
-    return constant
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return cast(_Asked, ask)
 
 
 @constant_in_a_graph

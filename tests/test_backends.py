@@ -45,6 +45,15 @@ def test_environment_variable_forces_a_backend():
     assert python(code, RNNFAST_BACKEND="torch").stdout.strip() == "torch"
 
 
+def test_import_and_eager_calls_leave_the_compiler_alone():
+    """Dynamo takes as long to import as torch."""
+    code = "import sys, torch; before = set(sys.modules); import rnnfast;"
+    code += "rnn = rnnfast.RNN(3, 5); rnn(torch.ones(4, 2, 3))[0].sum().backward();"
+    code += "print({m for m in set(sys.modules) - before if 'dynamo' in m})"
+    run = python(code)
+    assert run.stdout.strip() == "set()", run
+
+
 def test_a_file_of_gpu_wins_fills_the_table(tmp_path):
     file = tmp_path / "gpu_wins.json"
     row = {"backend": "cuda", "capability": [9, 0], "precision": "bfloat16",
