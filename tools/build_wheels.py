@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from pathlib import Path
@@ -183,7 +184,8 @@ def inspect(target: Target, wheel: Path) -> dict[str, str]:
         objects = [name for name in files if re.search(r"\.so\b", name)]
         hold(objects == ["rnnfast/_C.abi3.so"], f"its shared objects are {objects}")
         library = ELFFile(io.BytesIO(archive.read(objects[0])))
-    tags = list(library.get_section_by_name(".dynamic").iter_tags())
+    section: Callable[[str], Any] = library.get_section_by_name
+    tags = list(section(".dynamic").iter_tags())
     paths = [t.entry.d_tag for t in tags if t.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
     hold(not paths, f"it has a search path of its own: {paths}")
     needed = {t.needed.split(".so")[0] for t in tags if t.entry.d_tag == "DT_NEEDED"}
@@ -191,15 +193,15 @@ def inspect(target: Target, wheel: Path) -> dict[str, str]:
     strange = {n for n in needed - known if not n.startswith("ld-linux")}
     hold(not strange, f"it needs {sorted(strange)}")
     # Linked statically, the runtime would be here: its functions defined, and nothing missing.
-    launches = [s for s in library.get_section_by_name(".dynsym").iter_symbols()
+    launches = [s for s in section(".dynsym").iter_symbols()
                 if s.name.startswith("cudaLaunch")]  # fmt: skip
     borrowed = bool(launches) and all(s["st_shndx"] == "SHN_UNDEF" for s in launches)
     hold(borrowed == ("libcudart" in needed) == cuda, "CUDA's runtime is not taken from torch")
-    device_code = library.get_section_by_name(".nv_fatbin") is not None
+    device_code = section(".nv_fatbin") is not None
     hold(device_code == cuda, f"device code is {'present' if device_code else 'missing'}")
     versions = [
         tuple(map(int, re.findall(r"\d+", version.name)))
-        for _, every in library.get_section_by_name(".gnu.version_r").iter_versions()
+        for _, every in section(".gnu.version_r").iter_versions()
         for version in every
         if version.name.startswith("GLIBC_")
     ]

@@ -308,7 +308,7 @@ def results_of(folder: Path, dry_run: bool, steps: list[Step]) -> dict[str, Any]
         "machine": platform.platform(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "cudnn": None if dry_run else torch.backends.cudnn.version(),
+        "cudnn": None if dry_run else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "triton": triton.__version__,
         "rnnfast": rnnfast.__version__,
         "commit": commit,

@@ -60,10 +60,10 @@ class Cell:
         return self.precision.split()[0]
 
 
-def cells_of(shapes: list[tuple[int, ...]], packed: bool) -> list[Cell]:
+def cells_of(shapes: list[tuple[int, int, int, int]], packed: bool) -> list[Cell]:
     """A cell for every shape, precision and work."""
-    rest = itertools.product(PRECISIONS, WORKS)
-    return [Cell(*s, packed, *r) for s, r in itertools.product(shapes, list(rest))]
+    every = itertools.product(shapes, PRECISIONS, WORKS)
+    return [Cell(*shape, packed, precision, work) for shape, precision, work in every]
 
 
 def grid_cells(dry_run: bool) -> list[Cell]:
@@ -79,7 +79,8 @@ def precision(name: str) -> Iterator[None]:
     """TF32 allowed or forbidden for cuBLAS and cuDNN alike."""
     import torch
 
-    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    matmul: Any = torch.backends.cuda.matmul
+    rnn: Any = torch.backends.cudnn.rnn
     before = matmul.fp32_precision, rnn.fp32_precision
     matmul.fp32_precision = rnn.fp32_precision = "ieee" if "ieee" in name else "tf32"
     try:
@@ -266,11 +267,14 @@ def rivals(folder: Path, dry_run: bool, with_cuda: bool, skip: int) -> bool:
     """Time other packages' fused loops beside ours, to rivals.jsonl. What fails there is theirs."""
     from benchmarks.contenders import flashrnn_elman, forced, jax_scan, nn_rnn
 
-    contenders = {"nn.RNN": nn_rnn}
+    contenders: dict[str, Any] = {"nn.RNN": nn_rnn}
     if with_cuda:
         contenders["rnnfast cuda"] = forced("cuda")
     # flashrnn's cuda_fused in its paper's bfloat16; JAX multiplies float32 by TF32 unless told.
-    peer = {"bfloat16": {"flashrnn": flashrnn_elman}, "float32 tf32": {"JAX": jax_scan}}
+    peer: dict[str, Any] = {
+        "bfloat16": {"flashrnn": flashrnn_elman},
+        "float32 tf32": {"JAX": jax_scan},
+    }
     cells = cells_of(DRY_RIVALS if dry_run else RIVALS, False)
     cells = [c for c in cells if c.precision in peer]
     passes: list[Pass] = [(cells, lambda cell: contenders | peer[cell.precision])]

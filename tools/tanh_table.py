@@ -9,7 +9,10 @@ floating point standard", 1991), d is exact by Sterbenz's lemma, and what is lef
 rounding of the last addition.
 """
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 DEGREE = 5
 SATURATED = 10.0  # the last interval in use: tanh is 1 to the last bit of a float from 9.02 on
@@ -17,7 +20,7 @@ FIRST_EXPONENT, PER_OCTAVE, INTERVALS = -4, 4, 32
 CANDIDATES = 4096  # floats on either side of the middle
 
 
-def center_of(low, high):
+def center_of(low: Any, high: float) -> tuple[np.float32, np.float32]:
     """The float near the middle whose tanh is nearest to a float, and that float."""
     middle = np.float32((low + high) / 2)
     steps = np.arange(-CANDIDATES, CANDIDATES, dtype=np.int32)
@@ -28,7 +31,7 @@ def center_of(low, high):
     return candidates[best], rounded[best]
 
 
-def fit(low, high, center, constant):
+def fit(low: float, high: float, center: Any, constant: Any) -> list[np.float32]:
     """c1, ..., as floats: the relative error of the sum is least, by Lawson's reweighting."""
     # Chebyshev nodes, none of them at the center, where any coefficients do.
     nodes = np.cos(np.pi * (np.arange(2000) + 0.5) / 2000)
@@ -53,7 +56,7 @@ def fit(low, high, center, constant):
     return coefficients
 
 
-def table():
+def table() -> NDArray[np.float32]:
     """Rows center, c0, c1, ...; columns at the place that an interval's bits select."""
     rows = np.zeros((DEGREE + 2, INTERVALS), np.float32)
     for i in range(INTERVALS):
@@ -62,9 +65,9 @@ def table():
         high = octave * (1 + (part + 1) / PER_OCTAVE)
         place = int(low.view(np.uint32) >> 21) % INTERVALS
         if low >= SATURATED:
-            rows[:, place] = [low, 1] + [0] * DEGREE
+            rows[:2, place] = low, 1
         elif i == 0:
-            rows[:, place] = [0, 0, *fit(0.0, high, 0.0, 0.0)]
+            rows[2:, place] = fit(0.0, high, 0.0, 0.0)
         else:
             center, constant = center_of(low, high)
             rows[:, place] = [center, constant, *fit(float(low), high, center, constant)]
