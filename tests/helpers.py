@@ -216,7 +216,9 @@ def bound(dtype, steps, terms, rows=0, eps=None):
     return 2 * eps
 
 
-def run_layer(device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None):
+def run_layer(
+    device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, lengths=None, mask=(True,) * 5
+):
     """Outputs of the op on a layer and its gradients from them; its tensors, the gradients given,
     the rest of the call."""
     tensors, batch_sizes = layer(device, dtype, T, B, I, H, lengths)
@@ -224,7 +226,7 @@ def run_layer(device, dtype, T, B, I, H, *, nonlinearity="tanh", reverse=False, 
     call = (batch_sizes, nonlinearity, reverse)
     out, h_n = torch.ops.rnnfast.rnn_layer(*tensors, *call)
     given = [torch.randn(y.shape, device="cpu").to(y) for y in (out, h_n)]
-    grads = torch.ops.rnnfast.rnn_layer_backward(*given, *tensors[:4], out, *call, [True] * 5)
+    grads = torch.ops.rnnfast.rnn_layer_backward(*given, *tensors[:4], out, *call, list(mask))
     names = ("out", "h_n", "input", "hx", "w_ih", "w_hh", "b")
     return dict(zip(names, (out, h_n, *grads), strict=True)), tensors, given, call
 

@@ -111,8 +111,12 @@ def test_more_rows_than_a_grid_holds(device, use, numbers):
 )  # fmt: skip
 def test_blocks_that_share_rows_at_full_width(device, use, numbers, name):
     use(name)
-    eps = 2.0**-10 if numbers == "tf32" else None
-    check_layer(device, DTYPES[numbers], 2, 3, 2, int(name.split()[-1]), eps=eps)
+    eps, H = 2.0**-10 if numbers == "tf32" else None, int(name.split()[-1])
+    if H == 2048 and DTYPES[numbers] == f32:  # 16 units a block, all at once
+        blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        if blocks < 128:
+            pytest.skip(f"a grid of 128 blocks does not fit {blocks} multiprocessors")
+    check_layer(device, DTYPES[numbers], 2, 3, 2, H, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)

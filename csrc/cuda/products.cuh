@@ -203,6 +203,24 @@ struct ByFma {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     column = warp % WARPS * LANES * UNITS + lane % LANES;
     split = warp / WARPS * (32 / LANES) + lane / LANES;
+    // Where rows of W_hh are the units, a lane's terms are adjacent, and one by one each load would
+    // touch a line of every lane.
+    if (transposed && H % kPerLoad == 0 && reinterpret_cast<uintptr_t>(w_hh) % 16 == 0) {
+      RNNFAST_UNROLL
+      for (int n = 0; n < UNITS; ++n) {
+        const int unit = unit0 + column + n * LANES;
+        RNNFAST_UNROLL
+        for (int k = 0; k < TERMS; k += kPerLoad) {
+          const int term = split * TERMS + k;
+          uint4 loaded = {};
+          if (unit < H && term < H) {
+            loaded = *reinterpret_cast<const uint4*>(w_hh + int64_t(unit) * H + term);
+          }
+          memcpy(&w[n][k], &loaded, 16);
+        }
+      }
+      return;
+    }
     RNNFAST_UNROLL
     for (int n = 0; n < UNITS; ++n) {
       RNNFAST_UNROLL

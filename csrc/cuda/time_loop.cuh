@@ -389,8 +389,8 @@ __global__ void __launch_bounds__(Product::kThreads, 1) time_loop(Layer p, Grid 
           activate_all(results, p.relu);
           RNNFAST_UNROLL
           for (int j = 0; j < kItems; ++j) {  // a row that has ended, or not begun, keeps its state
-            const Acc before = own[at_item[j]];
-            if (tile_row + item_of(j).row >= now.live) results[j] = before;
+            const Item item = item_of(j);
+            if (item.exists && tile_row + item.row >= now.live) results[j] = own[at_item[j]];
           }
         }
         for_each_item([&](int j, int row, int unit) {
