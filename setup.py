@@ -6,7 +6,8 @@
                                           is visible and CUDA_HOME (or PATH) leads to nvcc
   FORCE_CUDA=1                            the CUDA kernels though no GPU is visible; FORCE_CUDA=0:
                                           never
-  TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: 8.0;9.0a;10.0+PTX if not set
+  TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: if not set, the visible ones, or
+                                          8.0;9.0a;10.0+PTX with FORCE_CUDA=1 and in wheels
   RNNFAST_WHEEL=1                         a wheel to distribute: its version names torch and CUDA,
                                           such as 0.1.0+pt213cu130, and it requires that torch. So
                                           does FORCE_CUDA=1. A failed build is an error
@@ -69,6 +70,8 @@ def reason_against_cuda() -> str | None:
         return "there is no nvcc; set CUDA_HOME to a CUDA toolkit"
     if not flag("FORCE_CUDA") and not torch.cuda.is_available():
         return "no GPU is visible; FORCE_CUDA=1 builds without one"
+    if not arch_list():
+        return "the GPU's compute capability is below 8.0"
     return None
 
 
@@ -101,7 +104,12 @@ def extension(cuda: bool):
 
 
 def arch_list() -> str:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked or flag("FORCE_CUDA") or flag("RNNFAST_WHEEL"):
+        return asked or CUDA_ARCH_LIST
+    visible = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
+    served = sorted(capability for capability in visible if capability >= (8, 0))
+    return ";".join(f"{major}.{minor}{'a' * (major == 9)}" for major, minor in served)
 
 
 def one_line(error: BaseException) -> str:

@@ -200,12 +200,14 @@ def why_not_cuda(
         refusal = ask(device, dtype, hidden_size)
     finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+    if refusal == 0:
+        return None
     return (
-        None,
         f"{dtype} is none of float32, float64, bfloat16, float16.",
         "the GPU's compute capability is below 8.0.",
-        f"no kernel holds a hidden_size of {hidden_size} in {dtype} on this GPU.",
-    )[refusal]
+        f"no kernel holds a hidden_size of {hidden_size} in {dtype} on this GPU "
+        f"(they are compiled for {build_record().get('cuda_arch_list')}).",
+    )[refusal - 1]
 
 
 def _why_not_triton(input: Tensor, hidden_size: int | None = None) -> str | None:

@@ -117,7 +117,10 @@ CUDA_TORCH = """
 import os, torch, torch.utils.cpp_extension as build
 torch.__version__, torch.version.cuda = torch.torch_version.TorchVersion("2.13.1+cu130"), "13.0"
 build.CUDA_HOME = os.environ.get("CUDA_HOME")
-torch.cuda.is_available = lambda: bool(os.environ.get("A_GPU"))
+gpus = [tuple(map(int, gpu.split("."))) for gpu in os.environ.get("GPUS", "").split()]
+torch.cuda.is_available = lambda: bool(gpus)
+torch.cuda.device_count = lambda: len(gpus)
+torch.cuda.get_device_capability = lambda n: gpus[n]
 """
 CPU_TORCH = """
 import torch
@@ -162,10 +165,10 @@ def metadata(source, **variables):
         (CPU_TORCH, {"FORCE_CUDA": "1"}, "", "torch>=2.11"),
         (CUDA_TORCH, {}, "", "torch>=2.11"),
         (CUDA_TORCH, {"RNNFAST_WHEEL": "1"}, "+pt213cpu", "torch==2.13.*"),
-        (CUDA_TORCH, {"RNNFAST_WHEEL": "1", "A_GPU": "1"}, "+pt213cu130", "torch==2.13.*"),
+        (CUDA_TORCH, {"RNNFAST_WHEEL": "1", "GPUS": "9.0"}, "+pt213cu130", "torch==2.13.*"),
         (
             CUDA_TORCH,
-            {"RNNFAST_WHEEL": "1", "A_GPU": "1", "FORCE_CUDA": "0"},
+            {"RNNFAST_WHEEL": "1", "GPUS": "9.0", "FORCE_CUDA": "0"},
             "+pt213cpu",
             "torch==2.13.*",
         ),
@@ -215,11 +218,24 @@ done
 """
 
 
-@pytest.mark.parametrize(("release", "cuda"), [("13.0", "13.0"), ("12.4", None)])
-def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(source, release, cuda):
-    """A toolkit that this torch cannot use costs the CUDA kernels, not the CPU's."""
+@pytest.mark.parametrize(
+    ("release", "gpus", "wheel", "compiled_for"),
+    [
+        ("13.0", "9.0", "", "9.0a"),
+        ("13.0", "9.0 8.6 7.5 9.0", "", "8.6;9.0a"),
+        ("13.0", "8.6", "1", "8.0;9.0a;10.0+PTX"),
+        ("13.0", "7.5", "", None),
+        ("12.4", "9.0", "", None),
+    ],
+)
+def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(
+    source, release, gpus, wheel, compiled_for
+):
+    """For the GPUs that are seen, in a wheel for all. A toolkit that this torch cannot use, or a
+    GPU that they cannot run on, costs the CUDA kernels, not the CPU's."""
     log = source / "compiled"
-    variables = machine(source, CUDA_TORCH) | {"A_GPU": "1", "FORCE_CUDA": ""}
+    variables = machine(source, CUDA_TORCH) | {"GPUS": gpus, "FORCE_CUDA": ""}
+    variables |= {"RNNFAST_WHEEL": wheel, "TORCH_CUDA_ARCH_LIST": ""}
     answers = {
         "c++": 'g++ "$@"',
         "cc": 'gcc "$@"',
@@ -236,13 +252,18 @@ def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(source, release, cuda
     record = json.loads((package / "_build.json").read_text())
     assert record["extension"], run.stderr
     assert (package / "_C.abi3.so").exists()
-    assert record["cuda"] == cuda
-    link = log.read_text().splitlines()[-1]
-    assert ("kernel.o" in link) == ("-lc10_cuda" in link) == (cuda is not None)
-    if cuda:
+    assert record["cuda"] == ("13.0" if compiled_for else None)
+    assert record["cuda_arch_list"] == compiled_for
+    log = log.read_text()
+    link = log.splitlines()[-1]
+    assert ("kernel.o" in link) == ("-lc10_cuda" in link) == (compiled_for is not None)
+    if compiled_for:
         assert said == []
-        assert record["cuda_arch_list"] == "8.0;9.0a;10.0+PTX"
-        assert "code=sm_90a" in log.read_text()
+        codes = set(re.findall(r"code=sm_(\w+)", log))
+        assert codes == set(compiled_for.replace(".", "").removesuffix("+PTX").split(";"))
+    elif gpus == "7.5":
+        assert said == []
+        assert record["why_not_cuda"] == "the GPU's compute capability is below 8.0"
     else:
         assert len(said) == 1
         assert "the CUDA kernels are left out: they could not be compiled" in said[0]
