@@ -149,8 +149,9 @@ struct PanelProduct {
 
 // Where the threads that share a step wait for each other: each says in a line of its own how often it
 // has arrived, and reads the others', which takes a line from core to core once. They spin, since a
-// step takes microseconds; after some of those, which the partner may need the processor for, they
-// give way.
+// step takes microseconds, and for long: whoever gives way to another program is gone for its turn,
+// milliseconds in which all others wait for him. In the end they do give way, as a partner may need
+// the processor.
 class Barrier {
  public:
   struct alignas(128) Party {  // two lines: the next is fetched along
@@ -167,7 +168,7 @@ class Barrier {
     int spins = 0;
     for (int64_t i = 0; i < count_; ++i) {
       while (__atomic_load_n(&parties_[i].arrivals, __ATOMIC_ACQUIRE) < arrivals) {
-        if (++spins > 100) sched_yield();
+        if (++spins > kSpins) sched_yield();
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -176,6 +177,7 @@ class Barrier {
   }
 
  private:
+  static constexpr int kSpins = 20000;  // a quarter of a millisecond, or one where a pause is long
   Party* parties_;
   int64_t count_;
 };
