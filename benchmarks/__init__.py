@@ -8,5 +8,6 @@ test_rnn.py        the benchmarks
 test_harness.py    checks of the instrument itself, run before them
 bars.py            what the product must reach, as data
 report.py          saved results -> tables, README, bars; plots.py draws them
+random_calls.py    ``python -m benchmarks.random_calls``: is a call drawn at random ever slower?
 =================  =================================================================================
 """

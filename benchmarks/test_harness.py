@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import json
 import math
+import random
 
 import pytest
 import torch
 from torch import nn
 
-from . import bars, measure, report
+from . import bars, measure, random_calls, report
 from .cases import Case, Problem, cases
 from .contenders import CONTENDERS, Entry, flashrnn_elman, modules
 
@@ -355,3 +356,16 @@ def test_summary_lists_all_contenders():
     assert "3.00" in text
     assert "1.00 MiB" in text
     assert "sgemm: 100.0 GFLOP/s" in text
+
+
+def test_random_calls_are_of_all_kinds_and_never_long():
+    rng = random.Random(0)
+    drawn = [random_calls.draw(rng, "float32") for _ in range(300)]
+    assert max(case.flops for case in drawn) <= random_calls.MOST_FLOPS
+    assert all(min(case.lengths) >= 1 for case in drawn)
+    for kind in ("work", "nonlinearity", "num_layers", "bidirectional", "packed"):
+        assert len({getattr(case, kind) for case in drawn}) == 2
+    assert {case.H == case.I for case in drawn} == {False, True}
+    assert {case.T for case in drawn} > {1, 2, 3}
+    times_as_fast, theirs, ours = random_calls.ratio(Case("training", 2, 3, 4, 5), 1, 0.01)
+    assert times_as_fast == theirs / ours > 0
