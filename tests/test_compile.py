@@ -128,6 +128,10 @@ def packing(rnn):
     return call, torch.randn(3, 6, 3), torch.tensor([2, 6, 4])
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.12."),
+    reason="its Dynamo cannot read an attribute of a PackedSequence that a graph made",
+)
 def test_packing_inside_breaks_the_graph_only_there(compiled):
     """pack_padded_sequence is what Dynamo skips; nn.RNN is left out of the graphs, ours is not."""
     captured = []
