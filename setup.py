@@ -6,8 +6,9 @@
                                           is visible and CUDA_HOME (or PATH) leads to nvcc
   FORCE_CUDA=1                            the CUDA kernels though no GPU is visible; FORCE_CUDA=0:
                                           never
-  TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: if not set, the visible ones, or
-                                          8.0;9.0a;10.0+PTX with FORCE_CUDA=1 and in wheels
+  TORCH_CUDA_ARCH_LIST=LIST               the GPUs to compile for: if not set, those of
+                                          8.0;9.0a;10.0+PTX whose generation is visible, or all of
+                                          them with FORCE_CUDA=1 and in wheels
   RNNFAST_WHEEL=1                         a wheel to distribute: its version names torch and CUDA,
                                           such as 0.1.0+pt213cu130, and it requires that torch. So
                                           does FORCE_CUDA=1. A failed build is an error
@@ -70,9 +71,10 @@ def reason_against_cuda() -> str | None:
         return "there is no nvcc; set CUDA_HOME to a CUDA toolkit"
     if not flag("FORCE_CUDA") and not torch.cuda.is_available():
         return "no GPU is visible; FORCE_CUDA=1 builds without one"
-    if not arch_list():
-        return "the GPU's compute capability is below 8.0"
-    return None
+    try:
+        return None if arch_list() else "the GPU's compute capability is below 8.0"
+    except RuntimeError as error:  # it is visible, and cannot be used
+        return f"the GPU cannot be asked for its compute capability ({one_line(error)})"
 
 
 def extension(cuda: bool):
@@ -107,9 +109,10 @@ def arch_list() -> str:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked or flag("FORCE_CUDA") or flag("RNNFAST_WHEEL"):
         return asked or CUDA_ARCH_LIST
-    visible = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
-    served = sorted(capability for capability in visible if capability >= (8, 0))
-    return ";".join(f"{major}.{minor}{'a' * (major == 9)}" for major, minor in served)
+    generations = {torch.cuda.get_device_capability(n)[0] for n in range(torch.cuda.device_count())}
+    served = CUDA_ARCH_LIST.split(";")
+    needed = [served[min(n, 10) - 8] for n in sorted(generations) if n >= 8]
+    return ";".join(dict.fromkeys(needed))
 
 
 def one_line(error: BaseException) -> str:

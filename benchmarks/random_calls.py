@@ -4,7 +4,7 @@
 
 The grid of cases.py is chosen; these are not. Sizes are drawn evenly in their logarithms, as far as
 a call stays below 4 GFLOP: most are small, many have a single step or sequence, few suit a vector's
-width. Each is timed once, and the lowest ratios are timed again, longer, before they are printed.
+width. Each is timed briefly, and the lowest ratios again, longer, before they are printed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     rng = random.Random(options.seed)
     ratios: dict[Case, float] = {}
     until = time.monotonic() + options.seconds
-    while time.monotonic() < until:
+    while not ratios or time.monotonic() < until:
         case = draw(rng, options.dtype)
         ratios[case], *_ = ratio(case, options.threads, 0.05)
     rows = []

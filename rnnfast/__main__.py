@@ -237,7 +237,7 @@ def main() -> None:
     print(f"CPU        {_cpu(found)}, {threads} thread{'s' * (threads > 1)}")
     print(f"GPUs       {', '.join(found['gpus']) or 'none'}")
     rows = len(found["gpu_wins"])
-    print(f"GPU wins   {f'{rows} classes of calls' if rows else 'none measured'}")
+    print(f"GPU wins   {rows or 'no'} row{'s' * (rows != 1)} (RNNFAST_GPU_WINS)")
     print(f"triton     {found['triton'] or 'not installed'}")
     print(f"forced     {found['forced_backend'] or 'nothing (RNNFAST_BACKEND, rnnfast.backend)'}")
     print("", *_table(found["calls"]), sep="\n")

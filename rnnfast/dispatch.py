@@ -57,11 +57,13 @@ def tf32_allowed() -> bool:
 
 @constant_in_a_graph
 def precision(dtype: torch.dtype) -> str:
-    """What a layer's products are computed in, as the grid of tools/gpu_check.py names it.
+    """What a layer's products on a GPU are computed in, as tools/gpu_check.py's grid names it.
 
-    A dtype's name; float32's with ``ieee`` or ``tf32``, or ``default`` under PyTorch's own flags:
-    float32 here, beside cuDNN's TF32.
+    A dtype's name, under autocast of what it casts to; float32's with ``ieee`` or ``tf32``, or
+    ``default`` under PyTorch's own flags: float32 here, beside cuDNN's TF32.
     """
+    if dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.float32:
         return name

@@ -120,7 +120,11 @@ build.CUDA_HOME = os.environ.get("CUDA_HOME")
 gpus = [tuple(map(int, gpu.split("."))) for gpu in os.environ.get("GPUS", "").split()]
 torch.cuda.is_available = lambda: bool(gpus)
 torch.cuda.device_count = lambda: len(gpus)
-torch.cuda.get_device_capability = lambda n: gpus[n]
+def capability(n):
+    if gpus[n] == (0, 0):
+        raise RuntimeError("CUDA error: all devices are busy")
+    return gpus[n]
+torch.cuda.get_device_capability = capability
 """
 CPU_TORCH = """
 import torch
@@ -219,23 +223,27 @@ done
 
 
 @pytest.mark.parametrize(
-    ("release", "gpus", "wheel", "compiled_for"),
+    ("release", "gpus", "asked", "compiled_for"),
     [
-        ("13.0", "9.0", "", "9.0a"),
-        ("13.0", "9.0 8.6 7.5 9.0", "", "8.6;9.0a"),
-        ("13.0", "8.6", "1", "8.0;9.0a;10.0+PTX"),
-        ("13.0", "7.5", "", None),
-        ("12.4", "9.0", "", None),
+        ("13.0", "9.0", {}, "9.0a"),
+        ("13.0", "9.0 8.6 7.5 8.0", {}, "8.0;9.0a"),
+        ("13.0", "12.0 10.3", {}, "10.0+PTX"),
+        ("13.0", "8.6", {"TORCH_CUDA_ARCH_LIST": "8.9"}, "8.9"),
+        ("13.0", "8.6", {"RNNFAST_WHEEL": "1"}, "8.0;9.0a;10.0+PTX"),
+        ("13.0", "8.6", {"FORCE_CUDA": "1"}, "8.0;9.0a;10.0+PTX"),
+        ("13.0", "7.5", {}, None),
+        ("13.0", "0.0", {}, None),
+        ("12.4", "9.0", {}, None),
     ],
 )
 def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(
-    source, release, gpus, wheel, compiled_for
+    source, release, gpus, asked, compiled_for
 ):
     """For the GPUs that are seen, in a wheel for all. A toolkit that this torch cannot use, or a
     GPU that they cannot run on, costs the CUDA kernels, not the CPU's."""
     log = source / "compiled"
     variables = machine(source, CUDA_TORCH) | {"GPUS": gpus, "FORCE_CUDA": ""}
-    variables |= {"RNNFAST_WHEEL": wheel, "TORCH_CUDA_ARCH_LIST": ""}
+    variables |= {"RNNFAST_WHEEL": "", "TORCH_CUDA_ARCH_LIST": ""} | asked
     answers = {
         "c++": 'g++ "$@"',
         "cc": 'gcc "$@"',
@@ -261,9 +269,10 @@ def test_with_a_gpu_the_cuda_kernels_are_built_or_left_out(
         assert said == []
         codes = set(re.findall(r"code=sm_(\w+)", log))
         assert codes == set(compiled_for.replace(".", "").removesuffix("+PTX").split(";"))
-    elif gpus == "7.5":
+    elif release == "13.0":
         assert said == []
-        assert record["why_not_cuda"] == "the GPU's compute capability is below 8.0"
+        why = {"7.5": "the GPU's compute capability is below 8.0", "0.0": "all devices are busy"}
+        assert why[gpus] in record["why_not_cuda"]
     else:
         assert len(said) == 1
         assert "the CUDA kernels are left out: they could not be compiled" in said[0]

@@ -114,7 +114,10 @@ def h100s(monkeypatch):
 def test_on_a_gpu_the_sizes_are_those_of_the_kernels_and_of_the_measurements(h100s, monkeypatch):
     win = backends.Win("triton", (9, 0), "float32 default", (1, 64), packed=True)
     monkeypatch.setattr(backends, "GPU_WINS", (win,))
-    calls = diagnosis()["calls"]
+    found = diagnosis()
+    (row,) = found["gpu_wins"]
+    assert backends.Win(**row) == win
+    calls = found["calls"]
     check(calls)
     assert {c["device"] for c in calls} == {"cpu", "cuda:0"}  # the second is like the first
 

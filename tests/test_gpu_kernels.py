@@ -157,6 +157,14 @@ def test_the_table_covers_what_was_measured_and_no_more(monkeypatch):
     for ours, cudnns in (("ieee", "ieee"), ("tf32", "ieee"), ("tf32", "tf32")):
         with float32_products(ours, cudnns):
             assert not win.covers(x, 64, True)
+    with monkeypatch.context() as under_autocast:
+        under_autocast.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        under_autocast.setattr(torch, "get_autocast_dtype", lambda device: bf16)
+        cast = rnnfast.backends.Win("triton", (9, 0), "bfloat16", (8, 64), packed=True)
+        assert not win.covers(x, 64, True)
+        assert cast.covers(x, 64, True)
+        assert not cast.covers(x.double(), 64, True)
+    assert not cast.covers(x, 64, True)
     assert not win.covers(x, 65, True)
     assert not win.covers(x, 7, True)
     assert not win.covers(x, 64, False)

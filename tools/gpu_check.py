@@ -261,7 +261,7 @@ def variants(ops: Any, dry_run: bool) -> bool:
                 continue
             ops._cuda_use_variant(name)
             tf32 = numbers == "tf32"
-            with gpu_timing.precision("float32 tf32" if tf32 else "float32 ieee"):
+            with gpu_timing.products_in("float32 tf32" if tf32 else "float32 ieee"):
                 H, dtype = hidden_sizes(name)[-1], DTYPES[numbers]
                 eps = {"eps": 2.0**-10} if tf32 and not watched else {}
                 try:

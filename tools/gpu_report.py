@@ -16,9 +16,14 @@ if TYPE_CHECKING:  # it is imported where its extension has been built
 
 BASELINE = "nn.RNN"
 BACKENDS = ("cuda", "triton")
-#: The steps that show a backend's results to be right, and those that watch CUDA C++'s kernels.
+#: The steps that show a backend's results to be right, and others that may show them to be wrong.
 TESTED_BY = {"cuda": ("cuda tests", "every variant"), "triton": ("triton tests",)}
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
+WATCHED_BY = {
+    "cuda": ("contract tests", "sine cuda", "memcheck", "racecheck", "synccheck"),
+    "triton": ("contract tests", "sine triton"),
+}
+#: PyTorch's flags as they are: TF32 for cuDNN alone.
+DEFAULT = "float32 default"
 #: Where cuDNN has a persistent kernel for dense inputs, and where it launches every step.
 CLASSES = {"H <= 256": range(1, 257), "H >= 512": range(512, 1 << 20)}
 Ratios = dict[tuple[str, Cell], float]
@@ -42,7 +47,7 @@ def cell_of(row: dict[str, Any]) -> Cell:
 
 def by_default(cell: Cell) -> Cell:
     """An ``ieee`` cell under PyTorch's default flags, which leave TF32 to cuDNN alone."""
-    return replace(cell, precision="float32 default")
+    return replace(cell, precision=DEFAULT)
 
 
 def with_defaults(cells: list[Cell]) -> list[Cell]:
@@ -50,9 +55,10 @@ def with_defaults(cells: list[Cell]) -> list[Cell]:
     return cells + [by_default(cell) for cell in cells if cell.precision == "float32 ieee"]
 
 
-def ratios(rows: list[dict[str, Any]], figure: str = "median_us") -> Ratios:
+def ratios(rows: list[dict[str, Any]]) -> Ratios:
     """How many times as fast as nn.RNN, by contender and cell."""
-    times = {(row["contender"], cell_of(row)): row[figure] for row in rows if figure in row}
+    measured = [row for row in rows if "median_us" in row]
+    times = {(row["contender"], cell_of(row)): row["median_us"] for row in measured}
     found = {}
     for (contender, cell), time in times.items():
         beside = [(cell, cell)]
@@ -96,8 +102,8 @@ def suggestions(
                 ratio = found.get((f"rnnfast {backend}", cell), 0.0)
                 by_size.setdefault(cell.H, []).append(ratio)
         won = [(H, min(by_size[H]) >= 1) for H in sorted(by_size)]
-        for wins, run in itertools.groupby(won, lambda size: size[1]):
-            if wins:
+        for all_won, run in itertools.groupby(won, lambda size: size[1]):
+            if all_won:
                 covered = [H for H, _ in run]
                 values = [r for H in covered for r in by_size[H]]
                 win = Win(backend, capability, precision, (covered[0], covered[-1]), packed)
@@ -106,15 +112,16 @@ def suggestions(
 
 
 def wins(results: dict[str, Any], suggested: list[Suggestion]) -> dict[str, Any]:
-    """What RNNFAST_GPU_WINS reads: the suggestions of backends that passed their tests here."""
+    """What RNNFAST_GPU_WINS reads: the rows of backends that were right wherever they ran."""
     ended = results["steps"]
+    wrong = {row["contender"] for row in results["rows"] if "error" in row}
     right = {
         backend
         for backend, steps in TESTED_BY.items()
         if all(ended.get(step) == "passed" for step in steps)
+        and not any(ended.get(step, "").startswith("failed") for step in WATCHED_BY[backend])
+        and not wrong & {f"rnnfast {backend}", "the device"}
     }
-    if any(ended.get(step, "").startswith("failed") for step in SANITIZERS):
-        right.discard("cuda")
     about = ("gpu", "torch", "cudnn", "rnnfast", "commit")
     rows = [asdict(row.win) for row in suggested if row.win.backend in right]
     return {key: results[key] for key in about} | {"wins": rows}
@@ -134,7 +141,7 @@ def summary(found: Ratios, expected: list[Cell]) -> Any:
     table.add_column("least at B T I H")
     contenders = dict.fromkeys(contender for contender, _ in found)
     for contender, (name, sizes), packed, precision in itertools.product(
-        contenders, CLASSES.items(), (False, True), (*PRECISIONS, "float32 default")
+        contenders, CLASSES.items(), (False, True), (*PRECISIONS, DEFAULT)
     ):
         cells = [c for c in with_defaults(expected) if c.precision == precision]
         cells = [c for c in cells if c.packed == packed and c.H in sizes]

@@ -75,7 +75,7 @@ def grid_cells(dry_run: bool) -> list[Cell]:
 
 
 @contextmanager
-def precision(name: str) -> Iterator[None]:
+def products_in(name: str) -> Iterator[None]:
     """TF32 allowed or forbidden for cuBLAS and cuDNN alike."""
     import torch
 
@@ -121,7 +121,7 @@ def time_cell(
         write(asdict(cell) | {"contender": contender, what: " ".join(message.split())[:300]})
 
     entries, theirs = {}, None
-    with precision(cell.precision), torch.set_grad_enabled(cell.work == "training"):
+    with products_in(cell.precision), torch.set_grad_enabled(cell.work == "training"):
         for name, prepare in contenders.items():
             ours = name == "nn.RNN" or name.startswith("rnnfast")
             try:
@@ -238,7 +238,7 @@ def warm(cell: Cell) -> None:
 
     small = replace(cell, B=2, T=4)
     for _, problem in problems([small], "cuda"):
-        with precision(cell.precision), suppress(Unsupported):
+        with products_in(cell.precision), suppress(Unsupported):
             forced("triton")(problem, 1).call()
 
 

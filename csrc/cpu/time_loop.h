@@ -177,7 +177,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 20000;  // a quarter of a millisecond, or one where a pause is long
+  static constexpr int kSpins = 20000;  // half a millisecond, or one where x86's pause is long
   Party* parties_;
   int64_t count_;
 };

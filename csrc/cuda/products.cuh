@@ -25,6 +25,13 @@ __device__ auto matrix_element(const Number* w_hh, int H, bool transposed, int k
   return widen(w_hh[transposed ? int64_t(unit) * H + k : int64_t(k) * H + unit]);
 }
 
+// Whether a lane may bring the terms of a unit 16 bytes a load: they are adjacent, units being rows.
+template <class Number>
+__device__ bool terms_are_vectors(const Number* w_hh, int H, bool transposed) {
+  return transposed && H % (16 / sizeof(Number)) == 0 &&
+         reinterpret_cast<uintptr_t>(w_hh) % 16 == 0;
+}
+
 // ----------------------------------------------------------------------------- by tensor cores
 //
 // The matrix is the left operand, 16 units by K terms, so that the few rows are the narrow side: 8.
@@ -65,9 +72,7 @@ struct ByTensorCores {
     split = threadIdx.x / (32 * WARPS);
     group = threadIdx.x % 32 / 4;
     quad = threadIdx.x % 4;
-    if (transposed && H % kPerLoad == 0 && reinterpret_cast<uintptr_t>(w_hh) % 16 == 0) {
-      return load_vectors(w_hh, H, unit0);
-    }
+    if (terms_are_vectors(w_hh, H, transposed)) return load_vectors(w_hh, H, unit0);
     RNNFAST_UNROLL
     for (int tile = 0; tile < UNIT_TILES; ++tile) {
       RNNFAST_UNROLL
@@ -203,30 +208,30 @@ struct ByFma {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     column = warp % WARPS * LANES * UNITS + lane % LANES;
     split = warp / WARPS * (32 / LANES) + lane / LANES;
-    // Where rows of W_hh are the units, a lane's terms are adjacent, and one by one each load would
-    // touch a line of every lane.
-    if (transposed && H % kPerLoad == 0 && reinterpret_cast<uintptr_t>(w_hh) % 16 == 0) {
-      RNNFAST_UNROLL
-      for (int n = 0; n < UNITS; ++n) {
-        const int unit = unit0 + column + n * LANES;
-        RNNFAST_UNROLL
-        for (int k = 0; k < TERMS; k += kPerLoad) {
-          const int term = split * TERMS + k;
-          uint4 loaded = {};
-          if (unit < H && term < H) {
-            loaded = *reinterpret_cast<const uint4*>(w_hh + int64_t(unit) * H + term);
-          }
-          memcpy(&w[n][k], &loaded, 16);
-        }
-      }
-      return;
-    }
+    if (terms_are_vectors(w_hh, H, transposed)) return load_vectors(w_hh, H, unit0);
     RNNFAST_UNROLL
     for (int n = 0; n < UNITS; ++n) {
       RNNFAST_UNROLL
       for (int k = 0; k < TERMS; ++k) {
         w[n][k] = matrix_element(w_hh, H, transposed, split * TERMS + k,
                                  unit0 + column + n * LANES);
+      }
+    }
+  }
+
+  // One by one, each load would touch a line of every lane.
+  __device__ void load_vectors(const Number* w_hh, int H, int unit0) {
+    RNNFAST_UNROLL
+    for (int n = 0; n < UNITS; ++n) {
+      const int unit = unit0 + column + n * LANES;
+      RNNFAST_UNROLL
+      for (int k = 0; k < TERMS; k += kPerLoad) {
+        const int term = split * TERMS + k;
+        uint4 loaded = {};
+        if (unit < H && term < H) {
+          loaded = *reinterpret_cast<const uint4*>(w_hh + int64_t(unit) * H + term);
+        }
+        memcpy(&w[n][k], &loaded, 16);
       }
     }
   }
