@@ -110,8 +110,8 @@ def arch_list() -> str:
     if asked or flag("FORCE_CUDA") or flag("RNNFAST_WHEEL"):
         return asked or CUDA_ARCH_LIST
     generations = {torch.cuda.get_device_capability(n)[0] for n in range(torch.cuda.device_count())}
-    served = CUDA_ARCH_LIST.split(";")
-    needed = [served[min(n, 10) - 8] for n in sorted(generations) if n >= 8]
+    code = CUDA_ARCH_LIST.split(";")  # of generation 8, of 9, and of 10 and later
+    needed = [code[min(n, 10) - 8] for n in sorted(generations) if n >= 8]
     return ";".join(dict.fromkeys(needed))
 
 

@@ -67,9 +67,10 @@ def precision(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.float32:
         return name
-    if torch.backends.cudnn.rnn.fp32_precision != "tf32":  # type: ignore[attr-defined]
-        return f"{name} ieee"
-    return f"{name} {'tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'default'}"
+    if tf32_allowed():
+        return f"{name} tf32"
+    theirs: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return f"{name} {'default' if theirs == 'tf32' else 'ieee'}"
 
 
 @cache

@@ -382,7 +382,7 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     cells, found = gpu_timing.grid_cells(dry_run), gpu_report.ratios(results["rows"])
     suggested = [] if dry_run else gpu_report.suggestions(found, cells, results["capability"])
-    gpu_report.report(results, cells, suggested, folder / "grid.png")
+    gpu_report.report(results, cells, found, suggested, folder / "grid.png")
     wins = gpu_report.wins(results, suggested)
     (folder / WINS).write_text(json.dumps(wins, indent=1) + "\n")
     for step in done:

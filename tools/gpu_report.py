@@ -140,11 +140,12 @@ def summary(found: Ratios, expected: list[Cell]) -> Any:
         table.add_column("least")
     table.add_column("least at B T I H")
     contenders = dict.fromkeys(contender for contender, _ in found)
+    expected = with_defaults(expected)
     for contender, (name, sizes), packed, precision in itertools.product(
         contenders, CLASSES.items(), (False, True), (*PRECISIONS, DEFAULT)
     ):
-        cells = [c for c in with_defaults(expected) if c.precision == precision]
-        cells = [c for c in cells if c.packed == packed and c.H in sizes]
+        cells = [c for c in expected if (c.packed, c.precision) == (packed, precision)]
+        cells = [c for c in cells if c.H in sizes]
         part = {c: found[contender, c] for c in cells if (contender, c) in found}
         if not part:
             continue
@@ -198,14 +199,17 @@ def step_latency(latency: dict[str, Any]) -> Any:
 
 
 def report(
-    results: dict[str, Any], expected: list[Cell], suggested: list[Suggestion], picture: Path
+    results: dict[str, Any],
+    expected: list[Cell],
+    found: Ratios,
+    suggested: list[Suggestion],
+    picture: Path,
 ) -> None:
     """Print the short tables and the suggested rows, and draw the ratios."""
     from rich.console import Console
 
     console = Console(width=150, highlight=False)
     rows = results["rows"]
-    found = ratios(rows)
     if results["dry_run"]:
         console.print("A dry run: the times below, interpreted and emulated, mean nothing.")
     if found:
