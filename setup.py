@@ -53,6 +53,7 @@ except ImportError as error:
 BUILD_RECORD = "_build.json"  # beside the extension: what it was built for, or why it was not
 # sm_80's code runs on 8.x, sm_100's on 10.x; 9.0a has what 9.0 may not use; PTX is for later ones.
 CUDA_ARCH_LIST = "8.0;9.0a;10.0+PTX"
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
 
 
 def flag(name: str) -> bool:
@@ -78,8 +79,9 @@ def reason_against_cuda() -> str | None:
 
 
 def extension(cuda: bool):
-    sources = [p for p in Path("csrc").rglob("*.cpp") if cuda or "cuda" not in p.parts]
-    cxx = ["-O3", "-g0", "-fopenmp", "-Wall", "-fvisibility=hidden"]
+    folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
+    sources = [source for folder in folders for source in Path(folder).glob("*.cpp")]
+    cxx = [*CXX_FLAGS, "-fopenmp"]
     # Not linked against an OpenMP runtime: its symbols come from the one that torch carries, so
     # that there is a single thread pool.
     link_args: list[str] = []
@@ -102,6 +104,18 @@ def extension(cuda: bool):
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         py_limited_api=True,  # it uses nothing of Python: its ops register with torch
+    )
+
+
+def direct_calls():
+    sanitize = ["-fsanitize=address,undefined"] if flag("RNNFAST_SANITIZE") else []
+    return CppExtension(
+        "rnnfast._direct_calls",
+        ["csrc/python/direct_calls.cpp"],
+        extra_compile_args={"cxx": [*CXX_FLAGS, *sanitize]},
+        extra_link_args=sanitize,
+        libraries=["torch_python"],  # for what it uses of Python, which is in the stable ABI
+        py_limited_api=True,
     )
 
 
@@ -207,7 +221,7 @@ else:
     against_cuda = reason_against_cuda()
     handed_out = flag("RNNFAST_WHEEL") or (flag("FORCE_CUDA") and against_cuda is None)
     required = flag("RNNFAST_REQUIRE_EXT") or handed_out
-    extensions = [extension(cuda=against_cuda is None)]
+    extensions = [extension(cuda=against_cuda is None), direct_calls()]
     commands = {"build_ext": build_ext_class(against_cuda, required)}
     if handed_out:
         # Whoever gets the file must see from its name what it needs, and pip must hold them to it:

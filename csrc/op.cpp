@@ -352,10 +352,6 @@ auto make_node() {
   }
 }
 
-bool has_tangent(const OptionalTensor& x) {
-  return x && x->defined() && x->_fw_grad(/*level=*/0).defined();
-}
-
 SavedVariable keep(const OptionalTensor& x) { return SavedVariable(x.value_or(Tensor()), false); }
 
 // Of a tensor whose values no gradient will need: its sizes, so that it may change and be freed.

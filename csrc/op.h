@@ -24,6 +24,12 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
                        const at::Tensor& input, const at::Tensor& w_hh, const at::Tensor& out,
                        const OptionalTensor& batch_sizes);
 
+// Whether a forward-mode derivative is asked for.
+inline bool has_tangent(const at::Tensor& x) {
+  return x.defined() && x._fw_grad(/*level=*/0).defined();
+}
+inline bool has_tangent(const OptionalTensor& x) { return x && has_tangent(*x); }
+
 // Calls torch.ops.rnnfast.rnn_layer through the dispatcher.
 Outputs call_rnn_layer(const at::Tensor& input, const OptionalTensor& hx, const at::Tensor& w_ih,
                        const at::Tensor& w_hh, const OptionalTensor& b_ih,

@@ -51,6 +51,7 @@ __all__ = [
     "chosen",
     "extension_error",
     "forced",
+    "plain_calls_are_direct",
     "select",
 ]
 
@@ -109,7 +110,8 @@ def _load_extension() -> str | None:
         return "the C++ extension is missing from the package, which was built with it."
     try:
         torch.ops.load_library(libraries[0])  # type: ignore[no-untyped-call]
-    except OSError as error:
+        from . import _direct_calls  # noqa: F401  (it calls the ops that were loaded)
+    except (OSError, ImportError) as error:
         return f"the C++ extension does not load ({error})."
     return None
 
@@ -383,6 +385,14 @@ def _torch_takes_over(input: Tensor) -> bool:
         and input.dtype in (torch.float32, torch.float64)
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
+    )
+
+
+def plain_calls_are_direct() -> bool:
+    """Whether a module may offer its call to ``_direct_calls``, which runs what is plain, on
+    tensors for which the table has ``cpu``."""
+    return (
+        extension_error is None and _forced in (None, "cpu") and not torch.compiler.is_compiling()
     )
 
 

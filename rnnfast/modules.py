@@ -17,9 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, functional
 
+if backends.extension_error is None:
+    from . import _direct_calls
+
 __all__ = ["RNN", "RNNCell"]
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 _NONLINEARITIES = {mode: name for name, mode in _MODES.items()}
 
@@ -145,6 +147,14 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if backends.plain_calls_are_direct():
+            try:
+                results = _direct_calls.rnn(self, input, hx, batch_sizes)
+            except RuntimeError:
+                _say(self._check, input, hx, self._flat_weights, batch_sizes)
+                raise
+            if results is not None:
+                return results
         weights = self._current_weights()
         nonlinearity = _NONLINEARITIES.get(self.mode)
         if nonlinearity is None:
@@ -152,19 +162,10 @@ class RNN(nn.RNNBase):
         try:
             backend = backends.select(input, self.hidden_size, batch_sizes is not None)
             if functional.takes_whole_calls(backend):
-                arguments: tuple[Any, ...] = (input, hx, weights, batch_sizes)
-                # Each argument costs 1.4 % of a small call: the op's defaults are left out.
-                if (
-                    nonlinearity != "tanh" or self.num_layers != 1 or not self.bias
-                    or self.bidirectional or self.batch_first
-                ):  # fmt: skip
-                    arguments += (
-                        nonlinearity, self.bias, self.num_layers,
-                        self.dropout if self.training else 0.0, self.bidirectional,
-                        self.batch_first,
-                    )  # fmt: skip
-                # functional.rnn calls the same op, with 10 % of a small call on the way.
-                return functional.rnn_op(*arguments)  # type: ignore[no-any-return]
+                return functional.rnn_op(  # type: ignore[no-any-return]
+                    input, hx, weights, batch_sizes, nonlinearity, self.bias, self.num_layers,
+                    self.dropout if self.training else 0.0, self.bidirectional, self.batch_first,
+                )  # fmt: skip
         except RuntimeError:
             # The op refuses all that nn.RNN does; nn.RNN's checks (10 % of a small call) run only
             # now, for their messages.
@@ -239,32 +240,28 @@ class RNNCell(nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step; shapes and errors are those of the class."""
-        if input.dim() not in (1, 2):
-            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        dimensions = input.dim()
+        if dimensions not in (1, 2):
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {dimensions}D instead")
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        batched = input.dim() == 2
+        batched = dimensions == 2
         if not batched:
             input = input.unsqueeze(0)
             hx = None if hx is None else hx.unsqueeze(0)
-        try:  # from the dictionary: each __getattr__ costs 5 % of a small call
-            weights: list[Any] = [self._parameters[name] for name in _CELL_WEIGHTS]
-        except KeyError:  # parametrized
-            weights = [getattr(self, name) for name in _CELL_WEIGHTS]
         try:
-            if functional.takes_whole_calls(backends.select(input, self.hidden_size)):
-                h: Tensor = (
-                    functional.rnn_cell_op(input, hx, *weights)  # the op's default is tanh
-                    if self.nonlinearity == "tanh"
-                    else functional.rnn_cell_op(input, hx, *weights, self.nonlinearity)
-                )
-            else:
-                w_ih, w_hh, b_ih, b_hh = weights
-                h = functional.rnn_cell(input, hx, w_ih, w_hh, b_ih, b_hh, self.nonlinearity)
+            h = None
+            if backends.plain_calls_are_direct():
+                h = _direct_calls.rnn_cell(self, input, hx)
+            if h is None:
+                h = functional.rnn_cell(
+                    input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+                    self.nonlinearity,
+                )  # fmt: skip
         except RuntimeError:  # as in RNN
-            _say(_check_cell, input, hx, *weights[:2])
+            _say(_check_cell, input, hx, self.weight_ih, self.weight_hh)
             raise
         return h if batched else h.squeeze(0)
 

@@ -30,7 +30,7 @@ kernel_tests() {
   LD_PRELOAD="$preload" "$python" -m pytest -q -p no:cacheprovider \
     -k "not reference and not opcheck" tests/test_op.py tests/test_numerics.py "$@"
 }
-kernel_tests tests/test_errors.py # the best set of this machine
+kernel_tests tests/test_errors.py tests/test_direct_calls.py # the best set of this machine
 ATEN_CPU_CAPABILITY=default kernel_tests
 if [ -n "$emulated" ]; then
   export RNNFAST_EMULATE_AVX512=1

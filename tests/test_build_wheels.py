@@ -28,16 +28,16 @@ def tool():
 
 
 @pytest.fixture
-def wheel(tmp_path):
+def wheel(tool, tmp_path):
     """A function that writes a wheel around the extension that is installed."""
-    extension = next(Path(rnnfast.__file__).parent.glob("_C.*"), None)
-    if extension is None or rnnfast.backends.build_record().get("cuda"):
+    if rnnfast.backends.extension_error is not None or rnnfast.backends.build_record().get("cuda"):
         pytest.skip("needs the extension, built without CUDA kernels")
 
     def write(local=NAME, requires=f"torch=={MINOR}.*", extra=()):
         path = tmp_path / f"rnnfast-0.1.0+{local}-cp310-abi3-linux_x86_64.whl"
         with zipfile.ZipFile(path, "w") as archive:
-            archive.write(extension, "rnnfast/_C.abi3.so")
+            for name in tool.OBJECTS:
+                archive.write(Path(rnnfast.__file__).parents[1] / name, name)
             archive.writestr("rnnfast/_build.json", json.dumps({"cuda_arch_list": None}))
             metadata = f"Metadata-Version: 2.4\nName: rnnfast\nRequires-Dist: {requires}\n"
             archive.writestr(f"rnnfast-0.1.0+{local}.dist-info/METADATA", metadata)

@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from pathlib import Path
@@ -55,8 +54,9 @@ TORCH = {
 }
 
 #: All that an extension may ask the loader for: the system's libraries and what torch loads.
+OBJECTS = ["rnnfast/_C.abi3.so", "rnnfast/_direct_calls.abi3.so"]
 SYSTEM = {"libc", "libm", "libpthread", "libdl", "libgcc_s", "libstdc++"}
-TORCH_LIBRARIES = {"libc10", "libtorch", "libtorch_cpu"}
+TORCH_LIBRARIES = {"libc10", "libtorch", "libtorch_cpu", "libtorch_python"}
 CUDA_LIBRARIES = {"libc10_cuda", "libtorch_cuda", "libcudart"}
 
 USE = """
@@ -182,16 +182,18 @@ def inspect(target: Target, wheel: Path) -> dict[str, str]:
         hold(f"torch=={target.minor}.*" in requires, f"it requires {requires}")
         record = json.loads(archive.read("rnnfast/_build.json"))
         objects = [name for name in files if re.search(r"\.so\b", name)]
-        hold(objects == ["rnnfast/_C.abi3.so"], f"its shared objects are {objects}")
-        library = ELFFile(io.BytesIO(archive.read(objects[0])))
-    section: Callable[[str], Any] = library.get_section_by_name
-    tags = list(section(".dynamic").iter_tags())
-    paths = [t.entry.d_tag for t in tags if t.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
-    hold(not paths, f"it has a search path of its own: {paths}")
-    needed = {t.needed.split(".so")[0] for t in tags if t.entry.d_tag == "DT_NEEDED"}
+        hold(sorted(objects) == OBJECTS, f"its shared objects are {objects}")
+        libraries: list[Any] = [ELFFile(io.BytesIO(archive.read(name))) for name in OBJECTS]
+    needed: set[str] = set()
+    for library in libraries:
+        tags = list(library.get_section_by_name(".dynamic").iter_tags())
+        paths = [t.entry.d_tag for t in tags if t.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+        hold(not paths, f"it has a search path of its own: {paths}")
+        needed |= {t.needed.split(".so")[0] for t in tags if t.entry.d_tag == "DT_NEEDED"}
     known = SYSTEM | TORCH_LIBRARIES | (CUDA_LIBRARIES if cuda else set())
     strange = {n for n in needed - known if not n.startswith("ld-linux")}
     hold(not strange, f"it needs {sorted(strange)}")
+    section = libraries[0].get_section_by_name  # of the one with the kernels
     # Linked statically, the runtime would be here: its functions defined, and nothing missing.
     launches = [s for s in section(".dynsym").iter_symbols()
                 if s.name.startswith("cudaLaunch")]  # fmt: skip
@@ -201,7 +203,8 @@ def inspect(target: Target, wheel: Path) -> dict[str, str]:
     hold(device_code == cuda, f"device code is {'present' if device_code else 'missing'}")
     versions = [
         tuple(map(int, re.findall(r"\d+", version.name)))
-        for _, every in section(".gnu.version_r").iter_versions()
+        for library in libraries
+        for _, every in library.get_section_by_name(".gnu.version_r").iter_versions()
         for version in every
         if version.name.startswith("GLIBC_")
     ]

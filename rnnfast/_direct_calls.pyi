@@ -1,0 +1,6 @@
+from torch import Tensor, nn
+
+def rnn(
+    module: nn.RNNBase, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, /
+) -> tuple[Tensor, Tensor] | None: ...
+def rnn_cell(module: nn.RNNCell, input: Tensor, hx: Tensor | None, /) -> Tensor | None: ...
