@@ -16,15 +16,24 @@ namespace {
 
 using at::Tensor;
 
-// Passes autograd by where it records nothing: its dispatches are a tenth of a small call.
+// Passes autograd by, whose dispatches are a tenth of a small call, where it has nothing to record and
+// nothing but the CPU's kernels comes after it: autocast, for one, keeps what it casts, with its
+// history, for calls that do record.
 class BelowAutograd {
  public:
   BelowAutograd(const Tensor& input, const OptionalTensor& hx, at::TensorList weights) {
     if (at::GradMode::is_enabled() || has_tangent(input) || has_tangent(hx)) return;
+    c10::DispatchKeySet keys = input.key_set();
+    if (hx) keys = keys | hx->key_set();
     for (const Tensor& w : weights) {
       if (has_tangent(w)) return;
+      keys = keys | w.key_set();
     }
-    below_.emplace();
+    const auto tls = c10::impl::tls_local_dispatch_key_set();
+    keys = ((keys | tls.included_) - tls.excluded_) -
+           c10::autograd_dispatch_keyset_with_ADInplaceOrView -
+           c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+    if (keys.highestPriorityTypeId() == c10::DispatchKey::CPU) below_.emplace();
   }
 
  private:

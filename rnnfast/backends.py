@@ -390,9 +390,13 @@ def _torch_takes_over(input: Tensor) -> bool:
 
 def plain_calls_are_direct() -> bool:
     """Whether a module may offer its call to ``_direct_calls``, which runs what is plain, on
-    tensors for which the table has ``cpu``."""
+    tensors for which the table has ``cpu``.
+    """
     return (
-        extension_error is None and _forced in (None, "cpu") and not torch.compiler.is_compiling()
+        extension_error is None
+        and _forced in (None, "cpu")
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
     )
 
 

@@ -147,7 +147,8 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if backends.plain_calls_are_direct():
+        # Of a subclass an attribute may be anything, and is asked for in Python.
+        if type(self) is RNN and backends.plain_calls_are_direct():
             try:
                 results = _direct_calls.rnn(self, input, hx, batch_sizes)
             except RuntimeError:
@@ -253,7 +254,7 @@ class RNNCell(nn.RNNCell):
             hx = None if hx is None else hx.unsqueeze(0)
         try:
             h = None
-            if backends.plain_calls_are_direct():
+            if type(self) is RNNCell and backends.plain_calls_are_direct():
                 h = _direct_calls.rnn_cell(self, input, hx)
             if h is None:
                 h = functional.rnn_cell(

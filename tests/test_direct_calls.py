@@ -1,18 +1,23 @@
 """_direct_calls: plain calls of the modules, past Python; and what it leaves to Python."""
 
 import gc
+import subprocess
 import sys
+from collections import OrderedDict
+from typing import ClassVar
 
 import pytest
 import torch
-from helpers import pack
+from helpers import environment, pack
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import backends, functional
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -25,6 +30,11 @@ class Subclass(torch.Tensor):
 
 class SubclassedParameter(nn.Parameter):
     pass
+
+
+class NoHash(str):
+    def __hash__(self):
+        raise ValueError("no hash")
 
 
 class FunctionMode(TorchFunctionMode):
@@ -141,6 +151,9 @@ SPECIAL_MODULES = {
     "a parameter of a subclass": with_a_subclassed_parameter,
     "a parametrization": with_a_parametrization,
     "parameters that are none": lambda module: setattr(module, "_parameters", None),
+    "parameters that are not in a plain dictionary": lambda module: setattr(
+        module, "_parameters", OrderedDict(module._parameters)
+    ),
     "an attribute that is missing": lambda module: module.__dict__.pop(
         "mode" if isinstance(module, nn.RNNBase) else "nonlinearity"
     ),
@@ -159,7 +172,8 @@ def test_a_module_with_something_special_is_left_to_python(kind, what):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_layers", "1"), ("num_layers", 10**400), ("dropout", None), ("bias", 1),
+    [("num_layers", "1"), ("num_layers", 10**400), ("num_layers", 1.5), ("dropout", None),
+     ("dropout", 10**400), ("bias", 1), ("_flat_weights_names", (*"abcd",)),
      ("training", None), ("bidirectional", 0), ("batch_first", "yes"), ("mode", None)],
 )  # fmt: skip
 def test_attributes_of_another_kind_are_left_to_python(name, value):
@@ -175,6 +189,9 @@ def test_weights_that_are_not_the_registered_ones_are_left_to_python():
     module(x)  # which looks them up
     assert direct(module, x) is not None
     module._flat_weights.append(module.weight_ih_l0)
+    assert direct(module, x) is None
+    module._flat_weights.pop()
+    module._flat_weights_names[0] = NoHash("weight_ih_l0")
     assert direct(module, x) is None
 
 
@@ -197,15 +214,115 @@ def test_special_tensors_modes_and_traces_are_left_to_python(kind):
     for mode in (FunctionMode, DispatchMode):
         with mode():
             assert direct(module, x, hx) is None
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, x)
-        assert direct(module, dual, hx) is None
-        with torch.no_grad():
-            assert direct(module, dual, hx) is None
-
     results = []
     torch.jit.trace(lambda x: (results.append(direct(module, x, hx)), x + 1)[1], x)
     assert results[0] is None
+
+
+@pytest.mark.parametrize("kind", [rnnfast.RNN, rnnfast.RNNCell])
+def test_a_subclass_may_have_properties_for_attributes(kind):
+    def always(name, value):
+        return property(lambda self: value, lambda self, other: self.__dict__.update({name: other}))
+
+    class Own(kind):
+        nonlinearity = always("nonlinearity", "relu")
+        mode = always("mode", "RNN_RELU")
+
+    own, x = Own(I, H), torch.randn(*[T] * (kind is rnnfast.RNN), B, I)
+    relu = kind(I, H, nonlinearity="relu")
+    relu.load_state_dict(own.state_dict())
+    for a, b in zip(own(x), relu(x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_left_to_python_before_anything_is_done(grad_mode):
+    module, x = rnnfast.RNN(I, H, 2, dropout=0.5), torch.randn(T, B, I)
+    torch.manual_seed(1)
+    expected = module(x)[0]
+    weight = module._parameters["weight_hh_l1"]
+    with rnnfast.backend("auto"), grad_mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight.detach(), torch.ones(H, H))
+        module._parameters["weight_hh_l1"] = dual
+        module._update_flat_weights()
+        torch.manual_seed(1)
+        out, tangent = forward_ad.unpack_dual(module(x)[0])
+    torch.testing.assert_close(out, expected)  # the same dropout: no random number was drawn before
+    assert tangent.any()
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_over_vmap_is_left_to_python(grad_mode):
+    module, xs = rnnfast.RNN(I, H), torch.randn(2, T, B, I)
+    with rnnfast.backend("auto"), grad_mode():
+        many = torch.func.jvp(torch.vmap(lambda x: module(x)[0]), (xs,), (xs,))
+        one = [torch.func.jvp(lambda x: module(x)[0], (x,), (x,)) for x in xs]
+    for a, b in zip(many, zip(*one, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
+# Casts that autocast keeps have their history even where nothing is recorded, for calls that are.
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_call_without_gradients_takes_none_from_the_next_under_autocast(bidirectional):
+    module, x = rnnfast.RNN(I, H, bidirectional=bidirectional), torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            module(x)
+        module(x)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+class Recorded(torch.Tensor):
+    """Holds a tensor, and notes which ops reach it."""
+
+    seen: ClassVar[set] = set()
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.add(str(func))
+        held = tree_map_only(cls, lambda x: x.held, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*held[0], **held[1]))
+
+
+def test_a_subclass_sees_the_same_ops_without_gradients():
+    module = rnnfast.RNN(I, H, 2, bidirectional=True, dropout=0.5)
+    x, hx = Recorded(torch.randn(T, B, I)), Recorded(torch.zeros(4, B, H))
+    seen = []
+    for grad_mode in (torch.enable_grad, torch.no_grad):
+        Recorded.seen = set()
+        with grad_mode():
+            module(x, hx)
+        seen.append(Recorded.seen - {"aten.detach.default"})
+    assert "rnnfast.rnn_bidirectional_layer.default" in seen[1]
+    assert seen[1] <= seen[0]
+
+
+def test_it_is_there_if_imported_under_a_mode():
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    import rnnfast
+from rnnfast import _direct_calls
+assert rnnfast.backends.extension_error is None, rnnfast.backends.extension_error
+assert _direct_calls.rnn(rnnfast.RNN(3, 5), torch.ones(4, 2, 3), None, None) is not None
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("dtype", backends._CPU_DTYPES)
+def test_it_takes_every_dtype_of_the_table(dtype):
+    assert direct(rnnfast.RNN(I, H, dtype=dtype), torch.ones(T, B, I, dtype=dtype)) is not None
 
 
 def test_calls_of_anything_at_all_do_not_crash():

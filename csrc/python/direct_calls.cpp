@@ -11,6 +11,7 @@
 #include <Python.h>
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -25,6 +26,7 @@
 extern PyObject* THPVariableClass;
 extern PyObject* ParameterClass;
 PyObject* THPVariable_Wrap(at::TensorBase&& x);
+PyObject* THPVariable_Wrap(const at::TensorBase& x);
 namespace torch {
 void translate_exception_to_python(const std::exception_ptr& error);
 }
@@ -34,24 +36,19 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The beginning of torch's THPVariable; PyInit__direct_calls makes sure of it.
+// The beginning of torch's THPVariable, which PyInit__direct_calls makes sure of.
 struct TensorObject {
   PyObject_HEAD
   Tensor tensor;
 };
+bool layout_is_known = false;
 
 // Null for all but tensors and parameters: torch.ops asks subclasses what is to be done.
 const Tensor* plain_tensor(PyObject* x) {
+  if (x == nullptr || !layout_is_known) return nullptr;
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
   const bool plain = type == THPVariableClass || type == ParameterClass;
   return plain ? &reinterpret_cast<TensorObject*>(x)->tensor : nullptr;
-}
-
-bool has_cpu_kernels(const Tensor* x) {
-  if (x == nullptr || !x->is_cpu()) return false;
-  const auto dtype = x->scalar_type();
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
-         dtype == at::kHalf;
 }
 
 // Into `to`; false where the object is neither None nor plain.
@@ -63,40 +60,35 @@ bool read(PyObject* x, OptionalTensor& to) {
   return true;
 }
 
+// As _why_not_cpu of rnnfast/backends.py.
+bool has_cpu_kernels(const Tensor* x) {
+  if (x == nullptr || !x->is_cpu()) return false;
+  const auto dtype = x->scalar_type();
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
 bool is_observed() {
   return at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
          at::tracer::impl::is_dispatch_enabled();
 }
 
-struct ReleasedGil {
-  PyThreadState* const state = PyEval_SaveThread();
-  ~ReleasedGil() { PyEval_RestoreThread(state); }
-};
-
-PyObject* no_result() { Py_RETURN_NONE; }
-
-// Its errors become Python's, but for that of a derivative that the op does not have.
-template <class Call>
-PyObject* with_errors_translated(const Call& call) {
-  try {
-    return call();
-  } catch (const c10::NotImplementedError&) {
-    return no_result();
-  } catch (const std::exception&) {
-    torch::translate_exception_to_python(std::current_exception());
-    return nullptr;
-  }
-}
-
-#define RNNFAST_NAMES(f)                                                                   \
-  f(_parameters) f(_flat_weights) f(_flat_weights_names) f(mode) f(nonlinearity) f(bias)   \
-  f(num_layers) f(dropout) f(training) f(bidirectional) f(batch_first) f(weight_ih)        \
-  f(weight_hh) f(bias_ih) f(bias_hh)
+PyObject* name_of(const char* attribute) { return PyUnicode_InternFromString(attribute); }
 
 struct Names {
-#define RNNFAST_NAME(name) PyObject* name = PyUnicode_InternFromString(#name);
-  RNNFAST_NAMES(RNNFAST_NAME)
-#undef RNNFAST_NAME
+  PyObject* const parameters = name_of("_parameters");
+  PyObject* const flat_weights = name_of("_flat_weights");
+  PyObject* const flat_weights_names = name_of("_flat_weights_names");
+  PyObject* const mode = name_of("mode");
+  PyObject* const nonlinearity = name_of("nonlinearity");
+  PyObject* const bias = name_of("bias");
+  PyObject* const num_layers = name_of("num_layers");
+  PyObject* const dropout = name_of("dropout");
+  PyObject* const training = name_of("training");
+  PyObject* const bidirectional = name_of("bidirectional");
+  PyObject* const batch_first = name_of("batch_first");
+  PyObject* const cell_weights[4] = {name_of("weight_ih"), name_of("weight_hh"), name_of("bias_ih"),
+                                     name_of("bias_hh")};
 };
 
 const Names& names() {
@@ -104,26 +96,24 @@ const Names& names() {
   return all;
 }
 
-// What a module holds, without its __getattr__. References are borrowed; null is for what is not there
-// or is no such thing.
-class Module {
+// A module's dictionary; the caller has seen to it that its class has nothing to say about it.
+// References are borrowed; null, or no value, stands for what is absent or of another kind.
+class Attributes {
  public:
-  explicit Module(PyObject* module) : held_(PyObject_GenericGetDict(module, nullptr)) {
-    if (held_ == nullptr) PyErr_Clear();
-  }
-  ~Module() { Py_XDECREF(held_); }
-  Module(const Module&) = delete;
+  explicit Attributes(PyObject* module) : held_(PyObject_GenericGetDict(module, nullptr)) {}
+  ~Attributes() { Py_XDECREF(held_); }
+  Attributes(const Attributes&) = delete;
 
   PyObject* get(PyObject* name) const {
-    return held_ == nullptr ? nullptr : PyDict_GetItemWithError(held_, name);  // a string has none
+    return held_ == nullptr ? nullptr : PyDict_GetItemWithError(held_, name);
   }
   PyObject* dict(PyObject* name) const {
     PyObject* x = get(name);
-    return x != nullptr && PyDict_Check(x) ? x : nullptr;
+    return x != nullptr && PyDict_CheckExact(x) ? x : nullptr;
   }
   PyObject* list(PyObject* name) const {
     PyObject* x = get(name);
-    return x != nullptr && PyList_Check(x) ? x : nullptr;
+    return x != nullptr && PyList_CheckExact(x) ? x : nullptr;
   }
   std::optional<bool> flag(PyObject* name) const {
     PyObject* x = get(name);
@@ -131,15 +121,17 @@ class Module {
     if (x == Py_False) return false;
     return std::nullopt;
   }
+  std::optional<int64_t> integer(PyObject* name) const {
+    PyObject* x = get(name);
+    if (x == nullptr || !PyLong_Check(x)) return std::nullopt;
+    const int64_t value = PyLong_AsLongLong(x);
+    return value == -1 && PyErr_Occurred() ? std::nullopt : std::optional<int64_t>(value);
+  }
   std::optional<double> number(PyObject* name) const {
     PyObject* x = get(name);
     if (x == nullptr || !(PyFloat_Check(x) || PyLong_Check(x))) return std::nullopt;
     const double value = PyFloat_AsDouble(x);
-    if (value == -1 && PyErr_Occurred() != nullptr) {
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    return value;
+    return value == -1 && PyErr_Occurred() ? std::nullopt : std::optional<double>(value);
   }
   // "tanh" or "relu"; null for neither.
   const char* one_of(PyObject* name, const char* tanh, const char* relu) const {
@@ -157,22 +149,42 @@ class Module {
 using Weights = c10::SmallVector<Tensor, 8>;
 
 // The weights of an RNN, if they are the registered parameters, as nn.RNN makes sure before each call.
-bool read_weights(const Module& module, Weights& to) {
-  PyObject* const parameters = module.dict(names()._parameters);
-  PyObject* const keys = module.list(names()._flat_weights_names);
-  PyObject* const flat = module.list(names()._flat_weights);
+bool read_weights(const Attributes& module, Weights& to) {
+  PyObject* const parameters = module.dict(names().parameters);
+  PyObject* const keys = module.list(names().flat_weights_names);
+  PyObject* const flat = module.list(names().flat_weights);
   if (parameters == nullptr || keys == nullptr || flat == nullptr) return false;
   const Py_ssize_t n = PyList_Size(keys);
   if (PyList_Size(flat) != n) return false;
   for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* const w = PyList_GetItem(flat, i);
-    PyObject* const key = PyList_GetItem(keys, i);
+    PyObject *const w = PyList_GetItem(flat, i), *const key = PyList_GetItem(keys, i);
     const Tensor* weight = plain_tensor(w);
-    if (weight == nullptr || !PyUnicode_Check(key)) return false;
+    if (weight == nullptr || key == nullptr || !PyUnicode_CheckExact(key)) return false;
     if (PyDict_GetItemWithError(parameters, key) != w) return false;
     to.push_back(*weight);
   }
   return true;
+}
+
+struct ReleasedGil {
+  PyThreadState* const state = PyEval_SaveThread();
+  ~ReleasedGil() { PyEval_RestoreThread(state); }
+};
+
+// Whatever a lookup raised, Python's way will find again.
+PyObject* not_plain() {
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+template <class Call>
+PyObject* with_errors_translated(const Call& call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
 }
 
 // rnn(module, input, hx, batch_sizes) -> (output, h_n) or None
@@ -180,24 +192,25 @@ PyObject* rnn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   using Signature = std::tuple<Tensor, Tensor>(
       const Tensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&, c10::string_view,
       bool, int64_t, double, bool, bool);
-  if (count != 4 || is_observed()) return no_result();
-  const Module module(arguments[0]);
+  if (count != 4 || is_observed()) return not_plain();
+  const Attributes module(arguments[0]);
   const Tensor* x = plain_tensor(arguments[1]);
   OptionalTensor hx, batch_sizes;
   Weights weights;
   if (!has_cpu_kernels(x) || !read(arguments[2], hx) || !read(arguments[3], batch_sizes) ||
       !read_weights(module, weights)) {
-    return no_result();
+    return not_plain();
   }
   const Names& name = names();
   const char* nonlinearity = module.one_of(name.mode, "RNN_TANH", "RNN_RELU");
-  const auto layers = module.number(name.num_layers), dropout = module.number(name.dropout);
+  const auto num_layers = module.integer(name.num_layers);
+  const auto dropout = module.number(name.dropout);
   const auto bias = module.flag(name.bias), training = module.flag(name.training);
   const auto bidirectional = module.flag(name.bidirectional);
   const auto batch_first = module.flag(name.batch_first);
-  if (nonlinearity == nullptr || !layers || !dropout || !bias || !training || !bidirectional ||
+  if (nonlinearity == nullptr || !num_layers || !dropout || !bias || !training || !bidirectional ||
       !batch_first) {
-    return no_result();
+    return not_plain();
   }
   return with_errors_translated([&]() -> PyObject* {
     static const auto op = c10::Dispatcher::singleton()
@@ -207,12 +220,12 @@ PyObject* rnn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     std::tuple<Tensor, Tensor> results;
     {
       const ReleasedGil released;
-      results = op.call(input, hx, weights, batch_sizes, nonlinearity, *bias, int64_t(*layers),
+      results = op.call(input, hx, weights, batch_sizes, nonlinearity, *bias, *num_layers,
                         *training ? *dropout : 0.0, *bidirectional, *batch_first);
     }
     PyObject* const output = THPVariable_Wrap(std::move(std::get<0>(results)));
-    PyObject* const h_n = THPVariable_Wrap(std::move(std::get<1>(results)));
-    PyObject* const pair = output && h_n ? PyTuple_Pack(2, output, h_n) : nullptr;
+    PyObject* const h_n = output ? THPVariable_Wrap(std::move(std::get<1>(results))) : nullptr;
+    PyObject* const pair = h_n ? PyTuple_Pack(2, output, h_n) : nullptr;
     Py_XDECREF(output);
     Py_XDECREF(h_n);
     return pair;
@@ -223,24 +236,21 @@ PyObject* rnn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* rnn_cell(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   using Signature = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                            const OptionalTensor&, const OptionalTensor&, c10::string_view);
-  if (count != 3 || is_observed()) return no_result();
-  const Module module(arguments[0]);
+  if (count != 3 || is_observed()) return not_plain();
+  const Attributes module(arguments[0]);
   const Tensor* x = plain_tensor(arguments[1]);
-  OptionalTensor hx;
-  const Names& name = names();
-  const char* nonlinearity = module.one_of(name.nonlinearity, "tanh", "relu");
-  PyObject* const parameters = module.dict(name._parameters);
+  OptionalTensor hx, weights[4];
+  const char* nonlinearity = module.one_of(names().nonlinearity, "tanh", "relu");
+  PyObject* const parameters = module.dict(names().parameters);
   if (!has_cpu_kernels(x) || !read(arguments[2], hx) || nonlinearity == nullptr ||
       parameters == nullptr) {
-    return no_result();
+    return not_plain();
   }
-  OptionalTensor weights[4];
-  PyObject* const keys[4] = {name.weight_ih, name.weight_hh, name.bias_ih, name.bias_hh};
   for (int i = 0; i < 4; ++i) {
-    PyObject* const w = PyDict_GetItemWithError(parameters, keys[i]);
-    if (w == nullptr || !read(w, weights[i])) return no_result();
+    PyObject* const w = PyDict_GetItemWithError(parameters, names().cell_weights[i]);
+    if (w == nullptr || !read(w, weights[i])) return not_plain();
   }
-  if (!weights[0] || !weights[1]) return no_result();
+  if (!weights[0] || !weights[1]) return not_plain();
   return with_errors_translated([&] {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("rnnfast::rnn_cell", "")
@@ -270,16 +280,12 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "rnnfast._direct_calls",
 
 PyMODINIT_FUNC PyInit__direct_calls() {
   return with_errors_translated([]() -> PyObject* {
-    const Tensor x = at::empty({0});
-    PyObject* const object = THPVariable_Wrap(Tensor(x));
+    const Tensor x = at::detail::empty_cpu({0}, at::kFloat);  // whatever mode is on
+    PyObject* const object = THPVariable_Wrap(x);
     if (object == nullptr) return nullptr;
-    const Tensor* read = plain_tensor(object);
-    const bool known = read != nullptr && read->unsafeGetTensorImpl() == x.unsafeGetTensorImpl();
+    const auto& read = reinterpret_cast<TensorObject*>(object)->tensor;
+    layout_is_known = read.unsafeGetTensorImpl() == x.unsafeGetTensorImpl();
     Py_DECREF(object);
-    if (!known) {
-      PyErr_SetString(PyExc_ImportError, "this torch lays out its tensors' Python objects otherwise");
-      return nullptr;
-    }
     return PyModule_Create(&definition);
   });
 }
