@@ -53,7 +53,6 @@ except ImportError as error:
 BUILD_RECORD = "_build.json"  # beside the extension: what it was built for, or why it was not
 # sm_80's code runs on 8.x, sm_100's on 10.x; 9.0a has what 9.0 may not use; PTX is for later ones.
 CUDA_ARCH_LIST = "8.0;9.0a;10.0+PTX"
-CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
 
 
 def flag(name: str) -> bool:
@@ -78,19 +77,22 @@ def reason_against_cuda() -> str | None:
         return f"the GPU cannot be asked for its compute capability ({one_line(error)})"
 
 
+def cxx_and_link_flags() -> tuple[list[str], list[str]]:
+    cxx, link = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"], []
+    if flag("RNNFAST_SANITIZE"):
+        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        # Variable tracking would take minutes for the time loops, whose functions are long.
+        cxx += [*link, "-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
+    return cxx, link
+
+
 def extension(cuda: bool):
     folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
     sources = [source for folder in folders for source in Path(folder).glob("*.cpp")]
-    cxx = [*CXX_FLAGS, "-fopenmp"]
+    cxx, link = cxx_and_link_flags()
     # Not linked against an OpenMP runtime: its symbols come from the one that torch carries, so
     # that there is a single thread pool.
-    link_args: list[str] = []
-    if flag("RNNFAST_SANITIZE"):
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        # Variable tracking would take minutes for the time loops, whose functions are long.
-        cxx += [*sanitize, "-g1", "-fno-var-tracking", "-O1", "-fno-omit-frame-pointer"]
-        link_args += sanitize
-    compile_args = {"cxx": cxx}
+    compile_args = {"cxx": [*cxx, "-fopenmp"]}
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
         sources += Path("csrc/cuda").glob("*.cu")
@@ -102,18 +104,18 @@ def extension(cuda: bool):
         sorted(map(str, sources)),
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),  # a source distribution has them all
         extra_compile_args=compile_args,
-        extra_link_args=link_args,
+        extra_link_args=link,
         py_limited_api=True,  # it uses nothing of Python: its ops register with torch
     )
 
 
 def direct_calls():
-    sanitize = ["-fsanitize=address,undefined"] if flag("RNNFAST_SANITIZE") else []
+    cxx, link = cxx_and_link_flags()
     return CppExtension(
         "rnnfast._direct_calls",
         ["csrc/python/direct_calls.cpp"],
-        extra_compile_args={"cxx": [*CXX_FLAGS, *sanitize]},
-        extra_link_args=sanitize,
+        extra_compile_args={"cxx": cxx},
+        extra_link_args=link,
         libraries=["torch_python"],  # for what it uses of Python, which is in the stable ABI
         py_limited_api=True,
     )

@@ -392,12 +392,8 @@ def plain_calls_are_direct() -> bool:
     """Whether a module may offer its call to ``_direct_calls``, which runs what is plain, on
     tensors for which the table has ``cpu``.
     """
-    return (
-        extension_error is None
-        and _forced in (None, "cpu")
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-    )
+    may_run = _forced in (None, "cpu") and _why_no_op() is None
+    return may_run and not torch.compiler.is_compiling()
 
 
 def select(input: Tensor, hidden_size: int | None = None, packed: bool = False) -> str:

@@ -147,20 +147,16 @@ class RNN(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # Of a subclass an attribute may be anything, and is asked for in Python.
-        if type(self) is RNN and backends.plain_calls_are_direct():
-            try:
-                results = _direct_calls.rnn(self, input, hx, batch_sizes)
-            except RuntimeError:
-                _say(self._check, input, hx, self._flat_weights, batch_sizes)
-                raise
-            if results is not None:
-                return results
-        weights = self._current_weights()
-        nonlinearity = _NONLINEARITIES.get(self.mode)
-        if nonlinearity is None:
-            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         try:
+            # Of a subclass an attribute may be anything, and is asked for in Python.
+            if type(self) is RNN and backends.plain_calls_are_direct():
+                results = _direct_calls.rnn(self, input, hx, batch_sizes)
+                if results is not None:
+                    return results
+            weights = self._current_weights()
+            nonlinearity = _NONLINEARITIES.get(self.mode)
+            if nonlinearity is None:
+                raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
             backend = backends.select(input, self.hidden_size, batch_sizes is not None)
             if functional.takes_whole_calls(backend):
                 return functional.rnn_op(  # type: ignore[no-any-return]
@@ -170,7 +166,7 @@ class RNN(nn.RNNBase):
         except RuntimeError:
             # The op refuses all that nn.RNN does; nn.RNN's checks (10 % of a small call) run only
             # now, for their messages.
-            _say(self._check, input, hx, weights, batch_sizes)
+            _say(self._check, input, hx, self._flat_weights, batch_sizes)
             _say(self._check_kinds)
             raise
         self._check(input, hx, weights, batch_sizes)
