@@ -11,16 +11,20 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace rnnfast {
 
@@ -99,6 +103,14 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
   }
 }
 
+bool only_cpu_follows(c10::DispatchKeySet keys) {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  keys = ((keys | tls.included_) - tls.excluded_) -
+         c10::autograd_dispatch_keyset_with_ADInplaceOrView -
+         c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  return keys.highestPriorityTypeId() == c10::DispatchKey::CPU;
+}
+
 // ----------------------------------------------------------------------------------- the ops
 
 Outputs call_rnn_layer(const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
@@ -165,6 +177,19 @@ Gradients call_rnn_layer_backward(const OptionalTensor& grad_out, const Optional
                  reverse, output_mask);
 }
 
+Gradients call_rnn_layer_backward_(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                                   const Tensor& input, const OptionalTensor& hx,
+                                   const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+                                   const OptionalTensor& batch_sizes,
+                                   c10::string_view nonlinearity, bool reverse,
+                                   std::array<bool, 5> output_mask, std::array<bool, 3> given) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("rnnfast::rnn_layer_backward_", "")
+                       .typed<decltype(call_rnn_layer_backward_)>();
+  return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
+                 reverse, output_mask, given);
+}
+
 // The same in differentiable operations, for forward mode (registered by rnnfast/ops.py).
 Gradients call_rnn_layer_backward_reference(
     const OptionalTensor& grad_out, const OptionalTensor& grad_h_n, const Tensor& input,
@@ -212,13 +237,14 @@ struct SavingNode : torch::autograd::Node {
   std::string nonlinearity;
   bool reverse = false;
 
-  virtual variable_list run(const variable_list& grads) = 0;
+  // `traced`: by compiled autograd.
+  virtual variable_list run(variable_list grads, bool traced) = 0;
 
   Tensor unpack(int i) { return saved[i].unpack(i == output ? getptr() : nullptr); }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return run(grads);
+    return run(std::move(grads), /*traced=*/false);
   }
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -234,29 +260,80 @@ struct SavingNode : torch::autograd::Node {
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (auto& variable : saved) swap.before(variable);
-    auto result = run(grads);
+    auto result = run(grads, /*traced=*/true);
     for (auto& variable : saved) swap.after(variable);
     return result;
   }
 };
+
+// What a node may give away: what is its own alone, where a backward comes to nothing but a kernel of the
+// CPU, neither differentiated nor traced. Meanwhile autograd is passed by.
+class GivingAway {
+ public:
+  // `operands`: what else the backward takes. Takes `out` from the node if the engine would next.
+  GivingAway(bool traced, const variable_list& grads, const Tensor& out, SavedVariable& saved_out,
+             std::initializer_list<Tensor> operands) {
+    if (traced || at::GradMode::is_enabled() || has_tangent(out)) return;
+    c10::DispatchKeySet keys = out.key_set();
+    for (const auto& xs : {at::TensorList(grads), at::TensorList(operands)}) {
+      for (const Tensor& x : xs) {
+        if (has_tangent(x)) return;
+        if (x.defined()) keys = keys | x.key_set();
+      }
+    }
+    if (!only_cpu_follows(keys)) return;
+    below_.emplace();
+    if (!torch::autograd::get_current_graph_task_keep_graph()) saved_out.reset_data();
+    given = {is_own(grads[0]), is_own(grads[1]), is_own(out)};
+  }
+
+  Given given;
+
+ private:
+  // Whether nobody else can see the memory, which is the allocator's: no other tensor, no array that
+  // it was made of.
+  static bool is_own(const Tensor& x) {
+    return x.defined() && x.use_count() == 1 && x.storage().use_count() == 1 &&
+           x.storage().resizable();
+  }
+
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_;
+};
+
+// The op that may use up what is given, if anything is.
+Gradients backward_of_layer(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                            const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                            const Tensor& w_hh, const Tensor& out,
+                            const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+                            bool reverse, std::array<bool, 5> output_mask, Given given) {
+  if (given.grad_out || given.grad_h_n || given.out) {
+    return call_rnn_layer_backward_(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes,
+                                    nonlinearity, reverse, output_mask,
+                                    {given.grad_out, given.grad_h_n, given.out});
+  }
+  return call_rnn_layer_backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes,
+                                 nonlinearity, reverse, output_mask);
+}
 
 struct RnnLayerBackward : SavingNode {
   enum { kInput, kHx, kW_ih, kW_hh, kBatchSizes, kOut };
 
   std::string name() const override { return "RnnLayerBackward"; }
 
-  variable_list run(const variable_list& grads) override {
+  variable_list run(variable_list grads, bool traced) override {
     const bool need_b_ih = task_should_compute_output(4), need_b_hh = task_should_compute_output(5);
     const std::array<bool, 5> mask = {
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
         task_should_compute_output(3), need_b_ih || need_b_hh};
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(6);
-    const Tensor x = unpack(kInput);
+    const Tensor x = unpack(kInput), h0 = unpack(kHx), w_ih = unpack(kW_ih), w_hh = unpack(kW_hh);
+    const auto sizes = if_defined(unpack(kBatchSizes));
     Tensor out = unpack(kOut);
+    const GivingAway own(traced, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
     if (out.dim() < x.dim()) out = out.unsqueeze(0);  // h_n, of a single step
-    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = call_rnn_layer_backward(
-        if_defined(grads[0]), if_defined(grads[1]), x, if_defined(unpack(kHx)), unpack(kW_ih),
-        unpack(kW_hh), out, if_defined(unpack(kBatchSizes)), nonlinearity, reverse, mask);
+    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = backward_of_layer(
+        if_defined(grads[0]), if_defined(grads[1]), x, if_defined(h0), w_ih, w_hh, out, sizes,
+        nonlinearity, reverse, mask, own.given);
     return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(),
             gradient_of_b_hh(d_b, need_b_ih, need_b_hh)};
   }
@@ -282,11 +359,16 @@ struct RnnBidirectionalLayerBackward : SavingNode {
   }
 
   // Gradients of the input by either direction, which the engine adds, of hx, and of the weights.
-  variable_list run(const variable_list& grads) override {
+  variable_list run(variable_list grads, bool traced) override {
     variable_list d(3 + 2 * per_direction);
     if (!grads[0].defined() && !grads[1].defined()) return d;
     // Once each: activation checkpointing allows no second time.
-    const Tensor x = unpack(kInput), h0 = unpack(kHx), h = unpack(kOut);
+    const Tensor x = unpack(kInput), h0 = unpack(kHx);
+    std::array<Tensor, 4> w;
+    for (int i = 0; i < 4; ++i) w[i] = unpack(kWeights + i);
+    const Tensor h = unpack(kOut);
+    const GivingAway own(traced, grads, h, saved[kOut], {x, h0, w[0], w[1], w[2], w[3]});
+    Given given = own.given;
     const auto sizes = if_defined(unpack(kBatchSizes));
     const c10::SymInt H = h.sym_size(-1) / 2;  // size() would fix what a trace leaves open
     const bool need_h = h0.defined() && task_should_compute_output(2);
@@ -306,11 +388,11 @@ struct RnnBidirectionalLayerBackward : SavingNode {
       const auto state = [&](const Tensor& y) {
         return y.defined() ? OptionalTensor(y.select(0, direction)) : std::nullopt;
       };
+      given.out = own.given.out && direction == 1;  // the memory is that of both
       Tensor d_b;
-      std::tie(d[direction], d_h[direction], d[first], d[first + 1], d_b) = call_rnn_layer_backward(
-          half(grads[0]), state(grads[1]), x, state(h0), unpack(kWeights + 2 * direction),
-          unpack(kWeights + 2 * direction + 1), *half(h), sizes, nonlinearity,
-          /*reverse=*/direction == 1, mask);
+      std::tie(d[direction], d_h[direction], d[first], d[first + 1], d_b) = backward_of_layer(
+          half(grads[0]), state(grads[1]), x, state(h0), w[2 * direction], w[2 * direction + 1],
+          *half(h), sizes, nonlinearity, /*reverse=*/direction == 1, mask, given);
       if (need_b_ih) d[first + 2] = d_b;
       if (need_b_hh) {
         d[first + 3] = RnnLayerBackward::gradient_of_b_hh(d_b, need_b_ih, need_b_hh);
@@ -327,7 +409,7 @@ struct RnnLayerDoubleBackward : SavingNode {
 
   std::string name() const override { return "RnnLayerDoubleBackward"; }
 
-  variable_list run(const variable_list& gg) override {
+  variable_list run(variable_list gg, bool) override {
     if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) {
       return variable_list(7);
     }
@@ -523,6 +605,13 @@ TORCH_LIBRARY(rnnfast, m) {
       "Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, bool reverse, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  // The same, for one that is given (grad_out, grad_h_n, out) to use up: of what is, nothing but the
+  // sizes may be read afterwards.
+  m.def(
+      "rnn_layer_backward_(Tensor(a!)? grad_out, Tensor(b!)? grad_h_n, Tensor input, Tensor? hx, "
+      "Tensor w_ih, Tensor w_hh, Tensor(c!) out, Tensor? batch_sizes, str nonlinearity, "
+      "bool reverse, bool[5] output_mask, bool[3] given) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_rnn_layer_backward_reference(Tensor? grad_out, Tensor? grad_h_n, Tensor input, "
       "Tensor? hx, Tensor w_ih, Tensor w_hh, Tensor out, Tensor? batch_sizes, str nonlinearity, "

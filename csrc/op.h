@@ -24,6 +24,16 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
                        const at::Tensor& input, const at::Tensor& w_hh, const at::Tensor& out,
                        const OptionalTensor& batch_sizes);
 
+// What a backward may use up of its arguments, as nothing reads it afterwards: a gradient's memory may
+// become dz's, and that of the outputs may be let go of.
+struct Given {
+  bool grad_out = false, grad_h_n = false, out = false;
+};
+
+// Whether a call with tensors of these keys comes to nothing but kernels of the CPU, once autograd is
+// passed by: to no autocast, transform, mode or subclass.
+bool only_cpu_follows(c10::DispatchKeySet keys);
+
 // Whether a forward-mode derivative is asked for.
 inline bool has_tangent(const at::Tensor& x) {
   return x.defined() && x._fw_grad(/*level=*/0).defined();

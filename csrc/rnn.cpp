@@ -29,11 +29,7 @@ class BelowAutograd {
       if (has_tangent(w)) return;
       keys = keys | w.key_set();
     }
-    const auto tls = c10::impl::tls_local_dispatch_key_set();
-    keys = ((keys | tls.included_) - tls.excluded_) -
-           c10::autograd_dispatch_keyset_with_ADInplaceOrView -
-           c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
-    if (keys.highestPriorityTypeId() == c10::DispatchKey::CPU) below_.emplace();
+    if (only_cpu_follows(keys)) below_.emplace();
   }
 
  private:

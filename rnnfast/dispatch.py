@@ -119,10 +119,14 @@ def choose_between(
             lambda g, g_n, x, hx, w_ih, w_hh, out, n, *_: (x, w_hh.shape[0], n is not None),
         ),
     }
-    if key == "CPU":  # elsewhere it is composite
+    if key == "CPU":  # elsewhere composite, and not called
         ops_of_a_layer["rnn_bidirectional_layer"] = (
             one_direction_at_a_time,
             lambda x, hx, weights, n, *_: (x, weights[1].shape[0], n is not None),
+        )
+        ops_of_a_layer["rnn_layer_backward_"] = (
+            lambda *args: backward(*args[:-1]),  # uses up nothing
+            ops_of_a_layer["rnn_layer_backward"][1],
         )
     for op, (kernel, subject) in ops_of_a_layer.items():
         before = library.get_kernel(f"rnnfast::{op}", key)

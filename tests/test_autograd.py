@@ -2,11 +2,13 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same, pair
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import rnnfast
 
@@ -252,3 +254,195 @@ def test_compiled_autograd(compiled, kind):
             step(x)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_same(a.grad, b.grad, 4, 8)
+
+
+# Of a gradient, or of an output, others may have the memory. Each of these returns what it sees of it
+# after the backward of `first`, whose output is the input of `second`.
+
+
+def _the_caller_has_it(first, second, x):
+    y, h_n = first(x)
+    given = torch.ones_like(y), torch.ones_like(h_n)
+    torch.autograd.backward((y, h_n), given)
+    return given
+
+
+def _it_is_retained(first, second, x):
+    y, _ = first(x)
+    y.retain_grad()
+    second(y)[0].square().sum().backward()
+    return y, y.grad
+
+
+def _a_hook_keeps(what):
+    def case(first, second, x):
+        seen = []
+        y, _ = first(x)
+        y.register_hook(lambda grad: seen.append(what(grad)))
+        second(y)[0].square().sum().backward()
+        return seen
+
+    return case
+
+
+def _a_hook_of_the_node_keeps_it(first, second, x):
+    seen = []
+    y, _ = first(x)
+    y.grad_fn.register_prehook(lambda grads: seen.append(grads[0]))
+    y.grad_fn.register_hook(lambda _, grads: seen.append(grads[0]))
+    second(y)[0].square().sum().backward()
+    return seen
+
+
+def _the_output_is_kept(how):
+    def case(first, second, x):
+        y, _ = first(x)
+        kept = how(y)
+        loss = second(y)[0].square().sum()
+        del y
+        loss.backward()
+        return [torch.as_tensor(kept)]
+
+    return case
+
+
+def _the_output_is_saved_elsewhere(first, second, x):
+    y, h_n = first(x)
+    loss = second(y)[0].square().sum() + y.pow(3).sum() + h_n.cos().sum()
+    del y, h_n
+    loss.backward()
+    return []
+
+
+def _a_leaf_gets_it_too(first, second, x):
+    y, _ = first(x)
+    before, after = (torch.zeros_like(y, requires_grad=True) for _ in range(2))
+    second(before + y + after)[0].square().sum().backward()
+    return before.grad, after.grad
+
+
+def _the_graph_is_kept(first, second, x):
+    loss = second(first(x)[0])[0].square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return []
+
+
+def _it_is_asked_for(first, second, x):
+    y, _ = first(x)
+    return torch.autograd.grad(second(y)[0].square().sum(), [y, *first.parameters(), x])
+
+
+def _it_is_differentiated(first, second, x):
+    (d_x,) = torch.autograd.grad(second(first(x)[0])[0].square().sum(), x, create_graph=True)
+    d_x.square().sum().backward()
+    return [d_x]
+
+
+class _OfAnArray(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, array):
+        ctx.array = array
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(ctx.array), None
+
+
+def _it_is_an_array(first, second, x):
+    y, _ = first(x)
+    array = np.ones(y.shape)
+    _OfAnArray.apply(y, array).backward()
+    return [torch.tensor(array)]
+
+
+def _it_is_expanded(first, second, x):
+    first(x)[0].sum().backward()
+    first(x)[0].sum(1).square().sum().backward()
+    first(x)[1].sum().backward()
+    return []
+
+
+def _hooks_keep_what_is_saved(first, second, x):
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor, tensor.clone()))
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: kept[i][0]):
+        loss = second(first(x)[0])[0].square().sum()
+    loss.backward()
+    return [sum((tensor - before).abs().sum() for tensor, before in kept)]
+
+
+def _it_is_computed_again(first, second, x):
+    def both(x):
+        return second(first(x)[0])[0]
+
+    checkpoint(both, x, use_reentrant=False).square().sum().backward()
+    checkpoint(both, x, use_reentrant=True).square().sum().backward()
+    return []
+
+
+SEEN = {
+    "the caller has it": _the_caller_has_it,
+    "it is retained": _it_is_retained,
+    "a hook keeps it": _a_hook_keeps(lambda grad: grad),
+    "a hook keeps a view": _a_hook_keeps(lambda grad: grad.detach()[1:]),
+    "a hook keeps an array": _a_hook_keeps(lambda grad: grad.numpy()),
+    "a hook of the node keeps it": _a_hook_of_the_node_keeps_it,
+    "the output is kept": _the_output_is_kept(lambda y: y),
+    "its data are kept": _the_output_is_kept(lambda y: y.detach()),
+    "a part is kept": _the_output_is_kept(lambda y: y.detach()[-1]),
+    "an array is kept": _the_output_is_kept(lambda y: y.detach().numpy()),
+    "the output is saved elsewhere": _the_output_is_saved_elsewhere,
+    "a leaf gets it, too": _a_leaf_gets_it_too,
+    "the graph is kept": _the_graph_is_kept,
+    "it is asked for": _it_is_asked_for,
+    "it is differentiated": _it_is_differentiated,
+    "it is an array": _it_is_an_array,
+    "it is expanded": _it_is_expanded,
+    "hooks keep what is saved": _hooks_keep_what_is_saved,
+    "it is computed again": _it_is_computed_again,
+}
+
+
+@pytest.mark.parametrize("kind", ["tanh", "batch first", "bidirectional", "one step"])
+@pytest.mark.parametrize("case", SEEN)
+def test_a_backward_uses_up_nothing_that_others_see(backend, case, kind):
+    """Gradients become dz in place, and outputs are let go of, where nothing else has them."""
+    options = {"bidirectional": kind == "bidirectional", "batch_first": kind == "batch first"}
+    T, B, I, H, K = 1 if kind == "one step" else 9, 4, 3, 6, 5
+    modules = zip(
+        pair(I, H, dtype=torch.float64, **options),
+        pair(H * (1 + options["bidirectional"]), K, dtype=torch.float64, seed=1, **options),
+        strict=True,
+    )
+    x = torch.randn((B, T, I) if kind == "batch first" else (T, B, I), dtype=torch.float64)
+    results = []
+    for first, second in modules:
+        own = x.clone().requires_grad_()
+        seen = SEEN[case](first, second, own)
+        parameters = (*first.parameters(), *second.parameters(), own)
+        results.append([torch.as_tensor(y).detach() for y in seen] + [p.grad for p in parameters])
+    for actual, expected in zip(*results[::-1], strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            assert_same(actual, expected, 2 * T, I + H + K + T * B)
+
+
+def test_states_of_cells_that_others_see_stay(backend):
+    results = []
+    for cell in cells():
+        h = start = torch.zeros(2, 5, requires_grad=True)
+        seen = []
+        for _ in range(6):
+            h = cell(torch.ones(2, 3), h)
+            h.register_hook(seen.append)
+            seen.append(h)
+        h.square().sum().backward()
+        results.append([*seen, start.grad, *(p.grad for p in cell.parameters())])
+    for actual, expected in zip(*results[::-1], strict=True):
+        assert_same(actual, expected, 6, 8)

@@ -5,17 +5,27 @@ from statistics import median
 import pytest
 import torch
 from helpers import pack, pair
+from torch.nn.utils.rnn import PackedSequence
 from torch.profiler import ProfilerActivity, profile
 
-B, T = 32, 60
+B = 32
+TWO = {"num_layers": 2}
+BOTH = {"bidirectional": True}
 
-# name: (features, constructor arguments)
+# name: (steps, features of the input and of the state, constructor arguments)
 CASES = {
-    "plain": (128, {}),
-    "as many weights as 16 bits take whole": (B * T // 8, {}),
-    "more than those": (B * T // 8 + 1, {}),
-    "two layers, bidirectional": (128, dict(num_layers=2, bidirectional=True)),
-    "packed": (128, {}),
+    "plain": (60, 128, 128, {}),
+    "as many weights as 16 bits take whole": (60, B * 60 // 8, B * 60 // 8, {}),
+    "more than those": (60, B * 60 // 8 + 1, B * 60 // 8 + 1, {}),
+    "two layers, bidirectional": (60, 128, 128, TWO | BOTH),
+    "packed": (60, 128, 128, {}),
+}
+DEEP = {  # the outputs of a layer and their gradient are nobody's but its node's
+    "many rows": (60, 64, 64, TWO),
+    "few rows": (16, 256, 256, TWO),
+    "few rows, bidirectional": (16, 256, 256, TWO | BOTH),
+    "wide input": (60, 300, 100, TWO),
+    "three layers": (16, 128, 128, {"num_layers": 3}),
 }
 
 
@@ -43,28 +53,41 @@ def peak_bytes(call):
     return most
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
-    size, kwargs = CASES[case]
-    theirs, ours = pair(size, size, dtype=dtype, **kwargs)
-    x = torch.randn(T, B, size, dtype=dtype)
-    if case == "packed":
-        x = pack([x[: T - b, b] for b in range(B)])
-
+def compare(modules, x):
     def data(output):
-        return output.data if case == "packed" else output
+        return output.data if isinstance(output, PackedSequence) else output
 
     def peak(module):
         grad = torch.ones_like(data(module(x)[0]))
 
         def step():
             module.zero_grad()
+            data(x).grad = None
             data(module(x)[0]).backward(grad)
 
         step()
         return median(peak_bytes(step) for _ in range(5))
 
-    limit = peak(theirs)
-    assert limit > data(x).nbytes  # the output's size: something was seen
-    assert peak(ours) <= limit
+    limit, ours = (peak(module) for module in modules)
+    assert limit > data(x).numel() // data(x).shape[-1] * modules[0].hidden_size  # it was seen
+    assert ours <= limit
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
+    T, I, H, kwargs = CASES[case]
+    modules = pair(I, H, dtype=dtype, **kwargs)
+    x = torch.randn(T, B, I, dtype=dtype)
+    if case == "packed":
+        x = pack([x[: T - b, b] for b in range(B)])
+    compare(modules, x)
+
+
+@pytest.mark.parametrize("case", DEEP)
+@pytest.mark.parametrize("needs_input_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nor_does_one_of_stacked_layers(one_thread, case, needs_input_grad, dtype):
+    T, I, H, kwargs = DEEP[case]
+    x = torch.randn(T, B, I, dtype=dtype, requires_grad=needs_input_grad)
+    compare(pair(I, H, dtype=dtype, **kwargs), x)

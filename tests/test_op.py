@@ -148,13 +148,16 @@ def test_no_op_is_left_unchecked():
     checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
     checked.add("rnn_bidirectional_layer")
     checked |= {"_rnn_layer_backward_reference", "_rnn_layer_double_backward"}
+    using_up = "rnn_layer_backward_"  # in no trace; tested below
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]
     # The others only raise, or tell what the CUDA kernels can run.
     computing = {s.name for s in schemas if any(str(r.type) == "Tensor" for r in s.returns)}
-    assert computing == {f"rnnfast::{name}" for name in checked}
+    assert computing == {f"rnnfast::{name}" for name in (*checked, using_up)}
     for schema in schemas:
-        assert not any(x.alias_info for x in (*schema.arguments, *schema.returns)), schema
+        aliased = [x.name for x in (*schema.arguments, *schema.returns) if x.alias_info]
+        may = ["grad_out", "grad_h_n", "out"] if schema.name == f"rnnfast::{using_up}" else []
+        assert aliased == may, schema
 
 
 BAD = {
@@ -393,6 +396,62 @@ def test_gradients_of_many_rows_are_summed_by_stretches(kind, reverse, I, hidden
             assert a is None
         else:
             assert_same(a, b, T, I + hidden_size + rows.numel())
+
+
+USED_UP = {  # T, B, I, H, lengths
+    "our own sums": (45, 60, 7, 100, None),
+    "the library's": (3, 50, 700, 720, None),
+    "steps of the library's": (3, 4, 9, 400, None),
+    "one step": (1, 20, 9, 30, None),
+    "few rows": (6, 2, 5, 40, None),
+    "one sequence": (30, 1, 9, 30, None),
+    "packed": (45, 60, 7, 50, [45] * 20 + [44] + [30] * 29 + [9, 8, 7, 2] + [1] * 6),
+    "one packed step": (1, 20, 9, 30, [1] * 20),
+    "one unit": (5, 6, 3, 1, None),
+}
+LIES = {  # how a gradient or an output may
+    "by itself": torch.clone,
+    "as a half of wider rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "batch-first": lambda x: x.transpose(0, 1).clone().transpose(0, 1),
+    "on one sequence": lambda x: x[:, :1].clone().expand_as(x) if x.dim() == 3 else x.clone(),
+    "on one step": lambda x: x[:1].clone().expand_as(x),
+    "on one number": lambda x: x.flatten()[0].clone().expand_as(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [f64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("case", USED_UP)
+def test_gradients_of_what_may_be_used_up(case, lies, reverse, dtype):
+    """Those of copies that may not be; and what is not given stays."""
+    T, B, I, H, lengths = USED_UP[case]
+    tensors, batch_sizes = helpers.layer("cpu", dtype, T, B, I, H, lengths)
+    x, h, w_ih, w_hh, _, _ = (t.detach() for t in tensors)
+    out = torch.rand(*x.shape[:-1], H).mul(2).sub(1).to(dtype)
+    grads = torch.randn(out.shape).to(dtype), torch.randn(B, H).to(dtype)
+    grad_out, out = (LIES[lies](y) for y in (grads[0], out))
+    call = batch_sizes, "tanh", reverse
+    wanted = [[True] * 5, [False, True, True, False, False], [True, False, False, True, True]]
+    states = (h, None) if lies == "by itself" else (h,)
+    for state, mask, has_out in itertools.product(states, wanted, (True, False)):
+        operands = x, state, w_ih, w_hh
+        given = grad_out if has_out else None, grads[1]
+        expected = torch.ops.rnnfast.rnn_layer_backward(*given, *operands, out, *call, mask)
+        for used in itertools.product([False, True], repeat=3):
+            copies = [LIES[lies](grad_out) if has_out else None, grads[1].clone(), LIES[lies](out)]
+            actual = torch.ops.rnnfast.rnn_layer_backward_(
+                *copies[:2], *operands, copies[2], *call, mask, used
+            )
+            for a, b in zip(actual, expected, strict=True):
+                assert (a is None) == (b is None)
+                if b is not None and dtype == f64:
+                    assert_same(a, b, T, I + H + x.shape[:-1].numel())
+                elif b is not None:  # dz may be rounded before a product
+                    error = (a.float() - b.float()).abs().max()
+                    assert error <= 2 * torch.finfo(dtype).eps * b.float().abs().max()
+            for copy, value, gone in zip(copies, (*given, out), used, strict=True):
+                assert gone or copy is None or torch.equal(copy, value)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

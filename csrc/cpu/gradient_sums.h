@@ -44,11 +44,12 @@ int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
 template <class T>
 class GradientSums {
  public:
+  // `given`: whether nothing else reads `out`.
   GradientSums(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-               const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
+               const Tensor& w_ih, const Tensor& w_hh, const Tensor& out, bool given,
                std::array<bool, 5> output_mask)
-      : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), I_(w_ih.size(1)),
-        H_(w_hh.size(0)) {
+      : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), given_out_(out),
+        given_(given), I_(w_ih.size(1)), H_(w_hh.size(0)) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
     own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
@@ -64,10 +65,9 @@ class GradientSums {
   void add(int64_t begin, int64_t end, const Tensor& z) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = need_;
     const int64_t row = steps_.row(begin);
-    if (need_x) {  // before there are sums, which the packed weights would add to
-      if (!d_x_.defined()) d_x_ = empty(input_.sizes(), z.scalar_type());
-      product_into<T>(flat(steps_.part(d_x_, begin, end)), Tensor(), z, w_ih_);
-    }
+    const bool whole = z.size(0) == steps_.rows;
+    // Before there are sums, which the packed weights would add to.
+    if (need_x && !whole) add_d_x(begin, end, z);
     if (hx_ && (need_h || need_w_hh)) {
       if (steps_.rows == steps_.walk.batch) {  // a single step
         z_first_ = z;
@@ -79,21 +79,13 @@ class GradientSums {
         });
       }
     }
-    if (!begun_) {  // not before: a recurrence in one stretch has let go of its weights by now
-      begun_ = true;
-      if (own_w_ih_ && !by_blocks_) d_w_ih_ = zeros({H_, I_}, kSums);
-      if (own_w_hh_ && !by_blocks_) d_w_hh_ = zeros({H_, H_}, kSums);
-      if (own_w_ih_ && need_b) d_b_ = zeros({H_}, kSums);
-      if (parts_ > 1) others_ = zeros({parts_ - 1, b_at_ + H_}, kSums);
-    }
-    if (own_w_ih_ || own_w_hh_) by_blocks_ ? sum_blocks(z) : add_own(begin, end, z);
-    if (need_w_ih && !own_w_ih_) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
-    if (need_w_hh && !own_w_hh_) add_w_hh_of_library(begin, end, z);
-    if (need_b && !own_w_ih_) {
-      // Of another dtype than z's, the sum would be that of a copy.
-      const Tensor sum = by_blocks_ ? z.sum(0) : z.sum(0, /*keepdim=*/false, kSums);
-      d_b_ = d_b_.defined() ? d_b_.add_(sum) : sum;
-    }
+    if (!need_x || !whole) return add_weights(begin, end, z, /*ih=*/true, /*hh=*/true);
+    // In this order d_x takes the memory that the outputs leave, and the weights packed for it are gone
+    // before the last sum.
+    add_weights(begin, end, z, /*ih=*/false, /*hh=*/true);
+    if (given_) release(given_out_);
+    add_d_x(begin, end, z);
+    add_weights(begin, end, z, /*ih=*/true, /*hh=*/false);
   }
 
   // When every step has been added.
@@ -108,6 +100,7 @@ class GradientSums {
         OuterSum<T> f = w_hh_sum(h0, data_of<Sum<T>>(d_w_hh_), space.data());
         f.rows = steps_.walk.batch;
         f.a = data_of<const T>(z_first_);
+        f.lda = row_stride(z_first_);
         f.b = data_of<const T>(h0);
         time_loop<T>().outer_sum(f, m0, m1);
       });
@@ -129,6 +122,34 @@ class GradientSums {
     sum.defined() ? (void)sum.addmm_(z.t(), x) : (void)(sum = at::mm(z.t(), x));
   }
 
+  void add_d_x(int64_t begin, int64_t end, const Tensor& z) {
+    if (!d_x_.defined()) d_x_ = empty(input_.sizes(), z.scalar_type());
+    product_into<T>(flat(steps_.part(d_x_, begin, end)), Tensor(), z, w_ih_);
+  }
+
+  // To the gradients of W_ih and the bias, of W_hh, or all of them.
+  void add_weights(int64_t begin, int64_t end, const Tensor& z, bool ih, bool hh) {
+    const bool need_w_ih = ih && need_[2], need_w_hh = hh && need_[3], need_b = ih && need_[4];
+    const bool own_ih = ih && own_w_ih_, own_hh = hh && own_w_hh_;
+    const auto begin_sum = [](Tensor& sum, at::IntArrayRef sizes) {
+      if (!sum.defined()) sum = zeros(sizes, kSums);
+    };
+    if (own_ih && !by_blocks_) begin_sum(d_w_ih_, {H_, I_});
+    if (own_hh && !by_blocks_) begin_sum(d_w_hh_, {H_, H_});
+    if (own_ih && need_b) begin_sum(d_b_, {H_});
+    if (parts_ > 1) begin_sum(others_, {parts_ - 1, b_at_ + H_});
+    if (own_ih || own_hh) {
+      by_blocks_ ? sum_blocks(z, own_ih, own_hh) : add_own(begin, end, z, own_ih, own_hh);
+    }
+    if (need_w_ih && !own_ih) add_product(d_w_ih_, z, flat(steps_.part(input_, begin, end)));
+    if (need_w_hh && !own_hh) add_w_hh_of_library(begin, end, z);
+    if (need_b && !own_ih) {
+      // Of another dtype than z's, the sum would be that of a copy.
+      const Tensor sum = by_blocks_ ? z.sum(0) : z.sum(0, /*keepdim=*/false, kSums);
+      d_b_ = d_b_.defined() ? d_b_.add_(sum) : sum;
+    }
+  }
+
   void add_d_h() {
     const bool need_h = need_[1];
     if (!hx_ || !need_h) return;
@@ -138,7 +159,7 @@ class GradientSums {
 
   OuterSum<T> w_hh_sum(const Tensor& h, Sum<T>* c, T* space) const {
     OuterSum<T> f;
-    f.lda = f.N = f.ldc = H_;
+    f.N = f.ldc = H_;
     f.ldb = row_stride(h);
     f.c = c;
     f.space = space;
@@ -152,22 +173,22 @@ class GradientSums {
                      : data_of<Sum<T>>(others_) + (part - 1) * others_.size(1) + at;
   }
 
-  void add_own(int64_t begin, int64_t end, const Tensor& z) {
+  void add_own(int64_t begin, int64_t end, const Tensor& z, bool ih, bool hh) {
     const auto& loop = time_loop<T>();
     Tensor x;
-    if (own_w_ih_) x = evenly_spaced(adjacent_features(steps_.part(input_, begin, end)));
+    if (ih) x = evenly_spaced(adjacent_features(steps_.part(input_, begin, end)));
     const T* data = data_of<const T>(z);
-    const int64_t rows = z.size(0), row = steps_.row(begin);
+    const int64_t rows = z.size(0), ldz = row_stride(z), row = steps_.row(begin);
     // Rows [m0, m1) of the gradients, of rows [r0, r1) of z.
     const auto sum = [&](int64_t part, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
-      Space<T> space(std::max(own_w_ih_ ? loop.outer_sum_space(I_) : 0,
-                              own_w_hh_ ? loop.outer_sum_space(H_) : 0));
-      if (own_w_ih_) {
+      Space<T> space(std::max(ih ? loop.outer_sum_space(I_) : 0,
+                              hh ? loop.outer_sum_space(H_) : 0));
+      if (ih) {
         OuterSum<T> f;
         f.rows = r1 - r0;
-        f.lda = H_;
+        f.lda = ldz;
         f.N = f.ldc = I_;
-        f.a = data + r0 * H_;
+        f.a = data + r0 * ldz;
         f.ldb = row_stride(x);
         f.b = data_of<const T>(x) + r0 * f.ldb;
         f.c = sum_of(part, d_w_ih_, 0);
@@ -175,19 +196,21 @@ class GradientSums {
         f.space = space.data();
         loop.outer_sum(f, m0, m1);
       }
-      if (!own_w_hh_) return;
+      if (!hh) return;
       OuterSum<T> f = w_hh_sum(out_, sum_of(part, d_w_hh_, w_hh_at_), space.data());
       steps_.for_each_shift(begin, end, [&](int64_t at, int64_t before, int64_t n) {
         const int64_t first = std::max(at - row, r0), last = std::min(at - row + n, r1);
         if (first >= last) return;
         f.rows = last - first;
-        f.a = data + first * H_;
+        f.a = data + first * ldz;
+        f.lda = ldz;
         f.b = data_of<const T>(out_) + (before + first - (at - row)) * f.ldb;
         loop.outer_sum(f, m0, m1);
       });
     };
     if (parts_ == 1) {
-      return by_gradient_rows<T>(H_, rows * H_ * (I_ + H_), [&](int64_t m0, int64_t m1) {
+      const int64_t terms = (ih ? I_ : 0) + (hh ? H_ : 0);
+      return by_gradient_rows<T>(H_, rows * H_ * terms, [&](int64_t m0, int64_t m1) {
         sum(0, m0, m1, 0, rows);
       });
     }
@@ -219,26 +242,30 @@ class GradientSums {
   }
 
   // Of all steps, whose dz is z, a block of a gradient's rows at a time.
-  void sum_blocks(const Tensor& z) {
+  void sum_blocks(const Tensor& z, bool ih, bool hh) {
     const T* data = data_of<const T>(z);
-    if (own_w_ih_) {
+    const int64_t ldz = row_stride(z);
+    if (ih) {
       const Tensor x = evenly_spaced(adjacent_features(input_));
       d_w_ih_ = summed_blocks(I_, d_b_, [&](const auto& add) {
-        add(data, data_of<const T>(x), row_stride(x), z.size(0));
+        add(data, ldz, data_of<const T>(x), row_stride(x), z.size(0));
       });
     }
-    if (!own_w_hh_) return;
+    if (!hh) return;
     const Tensor h0 = hx_ ? adjacent_features(*hx_) : Tensor();
     const int64_t ldb = row_stride(out_);
     d_w_hh_ = summed_blocks(H_, Tensor(), [&](const auto& add) {
-      if (hx_) add(data_of<const T>(z_first_), data_of<const T>(h0), row_stride(h0), h0.size(0));
+      if (hx_) {
+        add(data_of<const T>(z_first_), row_stride(z_first_), data_of<const T>(h0), row_stride(h0),
+            h0.size(0));
+      }
       steps_.for_each_shift(0, steps_.walk.seq_len, [&](int64_t at, int64_t before, int64_t n) {
-        add(data + at * H_, data_of<const T>(out_) + before * ldb, ldb, n);
+        add(data + at * ldz, ldz, data_of<const T>(out_) + before * ldb, ldb, n);
       });
     });
   }
 
-  // [H, N], of runs(add), which calls add(a, b, ldb, n) for products of n rows of a and b.
+  // [H, N], of runs(add), which calls add(a, lda, b, ldb, n) for products of n rows of a and b.
   template <class Runs>
   Tensor summed_blocks(int64_t N, const Tensor& column_sums, const Runs& runs) const {
     const int64_t most = std::max<int64_t>(H_ * (I_ + H_) / (8 * N) / 32 * 32, 32);
@@ -252,13 +279,13 @@ class GradientSums {
         Space<T> space(time_loop<T>().outer_sum_space(N));
         OuterSum<T> f;
         f.N = f.ldc = N;
-        f.lda = H_;
         f.c = data_of<Sum<T>>(block);
         f.column_sums = column_sums.defined() ? data_of<Sum<T>>(column_sums) + m : nullptr;
         f.space = space.data();
-        runs([&](const T* a, const T* b, int64_t ldb, int64_t n) {
+        runs([&](const T* a, int64_t lda, const T* b, int64_t ldb, int64_t n) {
           f.rows = n;
           f.a = a + m;
+          f.lda = lda;
           f.b = b;
           f.ldb = ldb;
           time_loop<T>().outer_sum(f, m0, m1);
@@ -305,11 +332,12 @@ class GradientSums {
   const Steps& steps_;
   const Tensor& input_;
   const OptionalTensor& hx_;
-  const Tensor &w_ih_, &w_hh_;
+  const Tensor &w_ih_, &w_hh_, &given_out_;
+  const bool given_;
   Tensor out_;  // rows of H, evenly spaced
   const int64_t I_, H_;
   std::array<bool, 5> need_;
-  bool own_w_ih_, own_w_hh_, by_blocks_, begun_ = false;
+  bool own_w_ih_, own_w_hh_, by_blocks_;
   int64_t parts_ = 1;  // of the rows, each summed by a thread
   Tensor others_;      // [parts - 1, *]: in a row all sums of another part than the first
   int64_t w_hh_at_, b_at_;  // where in it those of W_hh and of the bias begin

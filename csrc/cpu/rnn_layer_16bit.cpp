@@ -207,15 +207,14 @@ int64_t parts_of_batch(const Steps& steps, int64_t I, int64_t H) {
   return parts;
 }
 
-// f(part, b0, n) for each: sequences [b0, b0 + n).
+// f(part, begin, n) for each part of [0, size): that of n from `begin` on.
 template <class F>
-void for_each_part(const Steps& steps, int64_t parts, const F& f) {
-  const int64_t B = steps.walk.batch;
+void for_each_part(int64_t size, int64_t parts, const F& f) {
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // as in the thread that called
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t b0 = B * part / parts;
-      f(part, b0, B * (part + 1) / parts - b0);
+      const int64_t from = size * part / parts;
+      f(part, from, size * (part + 1) / parts - from);
     }
   });
 }
@@ -286,9 +285,10 @@ void forward_of_part(const Steps& steps, const Tensor& input, const Direction& l
   }
 }
 
-// Gradients that are asked for: of the weights in float32, to be added to, the others in 16 bits.
+// Gradients that are asked for: of the weights in float32, to be added to, the others in 16 bits; and dz,
+// in 16 bits, where it outlives the walk.
 struct Wanted {
-  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b;
+  Tensor d_x, d_h, d_w_ih, d_w_hh, d_b, dz;
 };
 
 // c += a^T b, and column_sums += the sum of a's rows.
@@ -358,6 +358,10 @@ void backward_of_part(const Steps& steps, const OptionalTensor& grad_out,
 
     const float* dz_rows = dz.const_data_ptr<float>();
     const int64_t first = steps.row(begin);
+    if (wanted.dz.defined()) {
+      const Tensor to = steps.part(wanted.dz, begin, end);
+      to.copy_(dz.view(to.sizes()));
+    }
     if (d_w_ih.defined()) {
       float* x = wide_x.mutable_data_ptr<float>();
       widen_rows(x, steps.part(input, begin, end));
@@ -395,9 +399,11 @@ void backward_of_part(const Steps& steps, const OptionalTensor& grad_out,
 Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTensor& grad_out,
                             const OptionalTensor& grad_h_n, const Tensor& input,
                             const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
-                            const Tensor& out, bool relu, std::array<bool, 5> output_mask) {
+                            const Tensor& out, bool relu, std::array<bool, 5> output_mask,
+                            const Tensor& kept) {
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
+  const Tensor dz = kept.defined() ? kept.view(out.sizes()) : Tensor();
   const auto stored = input.scalar_type();
   const auto sums = [&](bool need, at::IntArrayRef sizes) {
     return need ? zeros(sizes, at::kFloat) : Tensor();
@@ -409,21 +415,32 @@ Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTen
     part.d_b = sums(need_b, {H});
   }
   Wanted& all = wanted[0];
-  const Tensor d_x = need_x ? empty(input.sizes(), stored) : Tensor();
+  Tensor d_x = need_x && !kept.defined() ? empty(input.sizes(), stored) : Tensor();
   const Tensor d_h = need_h && hx ? empty(hx->sizes(), stored) : Tensor();
   if (parts == 1) {
     all.d_x = d_x;
     all.d_h = d_h;
+    all.dz = dz;
     backward_of_part(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu, all);
   } else {
-    for_each_part(steps, parts, [&](int64_t part, int64_t b0, int64_t n) {
+    for_each_part(steps.walk.batch, parts, [&](int64_t part, int64_t b0, int64_t n) {
       const Tensor x = input.narrow(1, b0, n);
       Wanted& own = wanted[part];
-      if (need_x) own.d_x = d_x.narrow(1, b0, n);
+      if (d_x.defined()) own.d_x = d_x.narrow(1, b0, n);
+      if (dz.defined()) own.dz = dz.narrow(1, b0, n);
       if (d_h.defined()) own.d_h = d_h.narrow(0, b0, n);
       backward_of_part(Steps(x, std::nullopt, steps.walk.reverse), narrowed(grad_out, 1, b0, n),
                        narrowed(grad_h_n, 0, b0, n), x, narrowed(hx, 0, b0, n), w_ih, w_hh,
                        out.narrow(1, b0, n), relu, own);
+    });
+  }
+  if (need_x && kept.defined()) {
+    release(out);
+    d_x = empty(input.sizes(), stored);
+    const Tensor d_rows = flat(d_x);
+    const int64_t spare = spare_floats(steps, I, H) / parts;
+    for_each_part(steps.rows, parts, [&](int64_t, int64_t r, int64_t n) {
+      widened_product(d_rows.narrow(0, r, n), kept.narrow(0, r, n), w_ih, spare);
     });
   }
   const auto total = [&](Tensor Wanted::*sum) {
@@ -439,7 +456,7 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
                    const Tensor& out) {
   const int64_t parts = parts_of_batch(steps, layer.w_ih.size(1), layer.w_hh.size(0));
   if (parts == 1) return forward_of_part(steps, input, layer, relu, out);
-  for_each_part(steps, parts, [&](int64_t, int64_t b0, int64_t n) {
+  for_each_part(steps.walk.batch, parts, [&](int64_t, int64_t b0, int64_t n) {
     const Tensor x = input.narrow(1, b0, n);
     Direction own = layer;
     own.hx = narrowed(layer.hx, 0, b0, n);
@@ -450,17 +467,20 @@ void forward_16bit(const Steps& steps, const Tensor& input, const Direction& lay
 Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& input,
                          const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
-                         const Tensor& out, bool relu, std::array<bool, 5> output_mask) {
+                         const Tensor& out, bool relu, std::array<bool, 5> output_mask,
+                         const Tensor& place, Given given) {
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
   const bool own_sums = worth_own_sums<float>(H * std::max(I, H));
   if (own_sums && few_weights(steps, I, H)) {
     return backward_by_parts(parts_of_batch(steps, I, H), steps, grad_out, grad_h_n, input, hx, w_ih,
-                             w_hh, out, relu, output_mask);
+                             w_hh, out, relu, output_mask,
+                             given.out && need_x ? place : Tensor());
   }
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
-  const Tensor dz = empty(out.sizes(), out.scalar_type());
+  const Tensor z = place.defined() ? place : empty({steps.rows, H}, out.scalar_type());
+  const Tensor dz = z.view(out.sizes());
   Tensor d_b;
   {
     const Stretches<float> stretches(steps, !steps.walk.reverse, rows_at_a_time(steps, H, spare));
@@ -497,15 +517,11 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   }
 
   const bool reverse = steps.walk.reverse;
-  const Tensor z = flat(dz), h = flat(out);
   const Tensor z_first =
       hx && (need_h || need_w_hh) ? (reverse ? steps.last(dz) : steps.first(dz)) : Tensor();
   Tensor d_x, d_h, d_w_ih, d_w_hh;
-  if (need_w_ih) {
-    d_w_ih = at::empty({H, I}, dz.options());
-    widened_outer_sum(d_w_ih, {{z, flat(input)}}, spare);
-  }
   if (need_w_hh) {
+    const Tensor h = flat(out);
     d_w_hh = at::empty({H, H}, dz.options());
     Pairs pairs;
     if (hx) pairs.emplace_back(z_first, *hx);
@@ -514,6 +530,7 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     });
     widened_outer_sum(d_w_hh, pairs, spare);
   }
+  if (given.out) release(out);
   if (need_x) {
     d_x = empty(input.sizes(), dz.scalar_type());
     widened_product(flat(d_x), z, w_ih, spare);
@@ -521,6 +538,10 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   if (hx && need_h) {
     d_h = at::empty(hx->sizes(), dz.options());
     widened_product(d_h, z_first, w_hh, spare);
+  }
+  if (need_w_ih) {
+    d_w_ih = at::empty({H, I}, dz.options());
+    widened_outer_sum(d_w_ih, {{z, flat(input)}}, spare);
   }
   return {d_x, d_h, d_w_ih, d_w_hh, need_b ? d_b.to(dz.scalar_type()) : d_b};
 }

@@ -205,9 +205,10 @@ bool worth_steps_of_library(const Steps& steps, int64_t H) {
          0.65 * H * H > 4000.0 * (seq_len - 1);
 }
 
+// Returns dz, [rows, H], in `place` where that is defined.
 Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out,
-                         bool relu) {
+                         bool relu, const Tensor& place) {
   const int64_t T = steps.walk.seq_len;
   const auto slope = [&](Tensor to, const Tensor& dh, const Tensor& h) {
     relu ? at::threshold_backward_out(to, dh, h, 0) : at::tanh_backward_out(to, dh, h);
@@ -215,7 +216,9 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   const auto visited = [&](const Tensor& x, int64_t s) {  // the s-th, from the last step on
     return x.select(0, steps.walk.reverse ? s : T - 1 - s);
   };
-  Tensor dz = empty(out.sizes(), out.scalar_type());
+  const Tensor rows =
+      place.defined() ? place : empty({steps.rows, w_hh.size(0)}, out.scalar_type());
+  const Tensor dz = rows.view(out.sizes());
   OptionalTensor dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
     if (grad_out) dh = dh ? at::add(*dh, visited(*grad_out, s)) : visited(*grad_out, s);
@@ -223,7 +226,7 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
     slope(z, *dh, visited(out, s));
     if (s + 1 < T) dh = at::mm(z, w_hh);
   }
-  return dz;
+  return rows;
 }
 
 // dz of so many rows stays in the second-level cache until its products are done, and takes no
@@ -238,12 +241,12 @@ int64_t rows_of_a_stretch(const Steps& steps, int64_t I, int64_t H) {
   return (steps.rows + parts - 1) / parts;
 }
 
-// Calls use(begin, end, dz) for stretches of steps, with their rows of dz: [rows, H], used for
-// something else afterwards.
+// Calls use(begin, end, dz) for stretches of steps, with their rows of dz, [rows, H], used for something
+// else afterwards; or where there is a place for all of them, for all steps at once.
 template <class T, class Use>
 void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
                    const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out, bool relu,
-                   int64_t I, const Use& use) {
+                   int64_t I, const Tensor& place, const Use& use) {
   const int64_t H = w_hh.size(0);
   const auto& loop = time_loop<T>();
   Backward<T> f;
@@ -261,7 +264,8 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
     g_h_n = adjacent_features(*grad_h_n);
     f.grad_h_n = Rows<const T>{data_of<const T>(g_h_n), 0, g_h_n.stride(0)};
   }
-  const Stretches<T> stretches(steps, !steps.walk.reverse, rows_of_a_stretch<T>(steps, I, H));
+  const Stretches<T> stretches(steps, !steps.walk.reverse,
+                               place.defined() ? steps.rows : rows_of_a_stretch<T>(steps, I, H));
   const bool each = each_packs(H * H, stretches.ranges().size());
   Sharing sharing = steps.sharing<T>(f.walk, H, H, each);
   const int64_t size = loop.packed_size(H, H);
@@ -270,7 +274,7 @@ void backward_loop(const Steps& steps, const OptionalTensor& grad_out,
   };
   Space<T> packed(each ? 0 : size);
   if (!each) pack(f, packed.data(), sharing);
-  const Tensor dz = stretches.buffer(H, true);
+  const Tensor dz = place.defined() ? place : stretches.buffer(H, true);
   for (size_t i = 0; i < stretches.ranges().size(); ++i) {
     const auto range = stretches.ranges()[i];
     stretches.carry(dz, i);
@@ -371,11 +375,19 @@ Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
   return {out, h_n};
 }
 
-Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
-                             const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
-                             const Tensor& w_hh, const Tensor& out,
-                             const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
-                             bool reverse, std::array<bool, 5> output_mask) {
+// All rows of dz, in the place of a gradient that is given for them, or nothing.
+Tensor place_of_dz(const Steps& steps, const OptionalTensor& grad_out,
+                   const OptionalTensor& grad_h_n, Given given) {
+  if (grad_out) return given.grad_out ? writable_rows(*grad_out) : Tensor();
+  const bool single = grad_h_n && steps.walk.seq_len == 1;
+  return single && given.grad_h_n ? writable_rows(*grad_h_n) : Tensor();
+}
+
+Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                   const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                   const Tensor& w_hh, const Tensor& out, const OptionalTensor& batch_sizes,
+                   c10::string_view nonlinearity, bool reverse, std::array<bool, 5> output_mask,
+                   Given given) {
   NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   check_layer(input, hx, w_ih, w_hh, {}, {}, batch_sizes, nonlinearity);
   check_layer_grads(grad_out, grad_h_n, input, w_hh, out, batch_sizes);
@@ -393,18 +405,20 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
 
   const bool relu = nonlinearity == "relu";
   const bool in_bfloat16 = bfloat16_products(input);
+  const Tensor place = place_of_dz(steps, grad_out, grad_h_n, given);
   if (is_16bit(input) && !in_bfloat16) {
-    return backward_16bit(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu,
-                          output_mask);
+    return backward_16bit(steps, grad_out, grad_h_n, input, hx, w_ih, w_hh, out, relu, output_mask,
+                          place, given);
   }
   const auto run = [&](auto element) {
     using T = decltype(element);
-    GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, output_mask);
+    GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, given.out, output_mask);
     if (worth_steps_of_library<T>(steps, H) && (grad_out || grad_h_n)) {
-      sums.add(0, steps.walk.seq_len,
-               flat(backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu)));
+      const Tensor dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu, place);
+      if (given.out && steps.walk.seq_len == 1) release(out);
+      sums.add(0, steps.walk.seq_len, dz);
     } else {
-      backward_loop<T>(steps, grad_out, grad_h_n, w_hh, out, relu, I,
+      backward_loop<T>(steps, grad_out, grad_h_n, w_hh, out, relu, I, place,
                        [&](int64_t begin, int64_t end, const Tensor& z) { sums.add(begin, end, z); });
     }
     return sums.take();
@@ -412,6 +426,25 @@ Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTenso
   if (in_bfloat16) return run(BFloat16{});
   return AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "rnnfast::rnn_layer_backward",
                                     [&] { return run(scalar_t{}); });
+}
+
+Gradients rnn_layer_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                             const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                             const Tensor& w_hh, const Tensor& out,
+                             const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+                             bool reverse, std::array<bool, 5> output_mask) {
+  return backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity, reverse,
+                  output_mask, Given());
+}
+
+Gradients rnn_layer_backward_(const OptionalTensor& grad_out, const OptionalTensor& grad_h_n,
+                              const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
+                              const Tensor& w_hh, const Tensor& out,
+                              const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
+                              bool reverse, std::array<bool, 5> output_mask,
+                              std::array<bool, 3> given) {
+  return backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity, reverse,
+                  output_mask, {given[0], given[1], given[2]});
 }
 
 // tanh as the time loop computes it, for its accuracy to be measured.
@@ -440,5 +473,6 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("rnn_layer", &rnnfast::cpu::rnn_layer);
   m.impl("rnn_bidirectional_layer", &rnnfast::cpu::rnn_bidirectional_layer);
   m.impl("rnn_layer_backward", &rnnfast::cpu::rnn_layer_backward);
+  m.impl("rnn_layer_backward_", &rnnfast::cpu::rnn_layer_backward_);
   m.impl("_tanh", &rnnfast::cpu::tanh);
 }

@@ -114,12 +114,12 @@ struct Steps {
     return packed() ? Rows<T>{data, 0, x.stride(0)} : Rows<T>{data, x.stride(0), x.stride(1)};
   }
 
-  // x[len(b) - 1, b] for every b, and x[0, b]: the first and last valid step of each sequence.
+  // x[len(b) - 1, b] for every b, and x[0, b]: the first and last valid step of each sequence. The
+  // features are adjacent.
   Tensor last(const Tensor& x) const {
     if (!packed()) return x.select(0, walk.seq_len - 1);
-    const Tensor rows = x.contiguous();
-    Tensor result = empty({walk.batch, rows.size(1)}, rows.scalar_type());
-    copy_last(rows, result);
+    const Tensor result = empty({walk.batch, x.size(1)}, x.scalar_type());
+    copy_last(x, result);
     return result;
   }
   Tensor first(const Tensor& x) const {
@@ -301,8 +301,9 @@ class Stretches {
 
   // The buffer as the time loop addresses it, by step and row.
   Rows<T> addressed(const Tensor& buffer, std::pair<int64_t, int64_t> range, bool before) const {
-    const int64_t F = buffer.size(1);
-    return {data_of<T>(buffer) - first_row(range, before) * F, steps_.walk.batch * F, F};
+    const int64_t stride = buffer.stride(0);
+    return {data_of<T>(buffer) - first_row(range, before) * stride, steps_.walk.batch * stride,
+            stride};
   }
 
   // Moves the rows of the step before, which ended the stretch before, to their place in this one.

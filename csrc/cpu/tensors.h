@@ -71,6 +71,17 @@ inline int64_t row_stride(const Tensor& x) {
   return x.dim() == 3 && x.size(1) > 1 ? x.stride(1) : x.stride(0);
 }
 
+// The rows of x as a matrix that may be written, or nothing where they do not lie evenly, or on
+// each other as in an expanded tensor.
+inline Tensor writable_rows(const Tensor& x) {
+  const int64_t F = x.size(-1), rows = x.numel() / F;
+  const bool apart = x.stride(-1) == 1 && has_even_rows(x) && (rows == 1 || row_stride(x) >= F);
+  return apart ? x.as_strided({rows, F}, {rows == 1 ? F : row_stride(x), 1}) : Tensor();
+}
+
+// Lets go of the memory of x, of which nothing but the sizes may be read after that.
+inline void release(const Tensor& x) { x.storage().unsafeGetStorageImpl()->reset(); }
+
 inline Tensor adjacent_features(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
