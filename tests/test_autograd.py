@@ -256,7 +256,7 @@ def test_compiled_autograd(compiled, kind):
         assert_same(a.grad, b.grad, 4, 8)
 
 
-# Of a gradient, or of an output, others may have the memory. Each of these returns what it sees of it
+# Others may have the memory of a gradient or an output. Each of these returns what it sees of it
 # after the backward of `first`, whose output is the input of `second`.
 
 
