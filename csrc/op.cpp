@@ -11,7 +11,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
@@ -184,7 +183,7 @@ Gradients call_rnn_layer_backward_(const OptionalTensor& grad_out, const Optiona
                                    c10::string_view nonlinearity, bool reverse,
                                    std::array<bool, 5> output_mask, std::array<bool, 3> given) {
   static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("rnnfast::rnn_layer_backward_", "")
+                       .findSchemaOrThrow("rnnfast::_rnn_layer_backward_", "")
                        .typed<decltype(call_rnn_layer_backward_)>();
   return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
                  reverse, output_mask, given);
@@ -237,14 +236,21 @@ struct SavingNode : torch::autograd::Node {
   std::string nonlinearity;
   bool reverse = false;
 
-  // `traced`: by compiled autograd.
-  virtual variable_list run(variable_list grads, bool traced) = 0;
+  // How the node is run: on the tensors of compiled autograd's trace, or on its own, which the engine
+  // may release afterwards.
+  enum class Run { kTraced, kKept, kLast };
+
+  virtual variable_list run(variable_list grads, Run how) = 0;
 
   Tensor unpack(int i) { return saved[i].unpack(i == output ? getptr() : nullptr); }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return run(std::move(grads), /*traced=*/false);
+    return run(std::move(grads), std::exchange(next_, Run::kKept));
+  }
+  void will_release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    next_ = Run::kLast;
   }
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -260,20 +266,23 @@ struct SavingNode : torch::autograd::Node {
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (auto& variable : saved) swap.before(variable);
-    auto result = run(grads, /*traced=*/true);
+    auto result = run(grads, Run::kTraced);
     for (auto& variable : saved) swap.after(variable);
     return result;
   }
+
+ private:
+  Run next_ = Run::kKept;
 };
 
 // What a node may give away: what is its own alone, where a backward comes to nothing but a kernel of the
 // CPU, neither differentiated nor traced. Meanwhile autograd is passed by.
 class GivingAway {
  public:
-  // `operands`: what else the backward takes. Takes `out` from the node if the engine would next.
-  GivingAway(bool traced, const variable_list& grads, const Tensor& out, SavedVariable& saved_out,
-             std::initializer_list<Tensor> operands) {
-    if (traced || at::GradMode::is_enabled() || has_tangent(out)) return;
+  // `operands`: what else the backward takes. Takes `out` from the node where the engine would next.
+  GivingAway(SavingNode::Run how, const variable_list& grads, const Tensor& out,
+             SavedVariable& saved_out, std::initializer_list<Tensor> operands) {
+    if (how == SavingNode::Run::kTraced || at::GradMode::is_enabled() || has_tangent(out)) return;
     c10::DispatchKeySet keys = out.key_set();
     for (const auto& xs : {at::TensorList(grads), at::TensorList(operands)}) {
       for (const Tensor& x : xs) {
@@ -283,18 +292,18 @@ class GivingAway {
     }
     if (!only_cpu_follows(keys)) return;
     below_.emplace();
-    if (!torch::autograd::get_current_graph_task_keep_graph()) saved_out.reset_data();
+    if (how == SavingNode::Run::kLast) saved_out.reset_data();
     given = {is_own(grads[0]), is_own(grads[1]), is_own(out)};
   }
 
   Given given;
 
  private:
-  // Whether nobody else can see the memory, which is the allocator's: no other tensor, no array that
-  // it was made of.
+  // Whether each number is in a place of its own that nobody else can see, and that is the allocator's:
+  // no other tensor, no array that it was made of.
   static bool is_own(const Tensor& x) {
     return x.defined() && x.use_count() == 1 && x.storage().use_count() == 1 &&
-           x.storage().resizable();
+           x.storage().resizable() && x.is_non_overlapping_and_dense();
   }
 
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_;
@@ -320,7 +329,7 @@ struct RnnLayerBackward : SavingNode {
 
   std::string name() const override { return "RnnLayerBackward"; }
 
-  variable_list run(variable_list grads, bool traced) override {
+  variable_list run(variable_list grads, Run how) override {
     const bool need_b_ih = task_should_compute_output(4), need_b_hh = task_should_compute_output(5);
     const std::array<bool, 5> mask = {
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
@@ -329,7 +338,7 @@ struct RnnLayerBackward : SavingNode {
     const Tensor x = unpack(kInput), h0 = unpack(kHx), w_ih = unpack(kW_ih), w_hh = unpack(kW_hh);
     const auto sizes = if_defined(unpack(kBatchSizes));
     Tensor out = unpack(kOut);
-    const GivingAway own(traced, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
+    const GivingAway own(how, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
     if (out.dim() < x.dim()) out = out.unsqueeze(0);  // h_n, of a single step
     const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = backward_of_layer(
         if_defined(grads[0]), if_defined(grads[1]), x, if_defined(h0), w_ih, w_hh, out, sizes,
@@ -359,29 +368,34 @@ struct RnnBidirectionalLayerBackward : SavingNode {
   }
 
   // Gradients of the input by either direction, which the engine adds, of hx, and of the weights.
-  variable_list run(variable_list grads, bool traced) override {
+  variable_list run(variable_list grads, Run how) override {
     variable_list d(3 + 2 * per_direction);
     if (!grads[0].defined() && !grads[1].defined()) return d;
     // Once each: activation checkpointing allows no second time.
     const Tensor x = unpack(kInput), h0 = unpack(kHx);
-    std::array<Tensor, 4> w;
-    for (int i = 0; i < 4; ++i) w[i] = unpack(kWeights + i);
-    const Tensor h = unpack(kOut);
-    const GivingAway own(traced, grads, h, saved[kOut], {x, h0, w[0], w[1], w[2], w[3]});
-    Given given = own.given;
     const auto sizes = if_defined(unpack(kBatchSizes));
+    const bool need_h = h0.defined() && task_should_compute_output(2), bias = per_direction == 4;
+    const auto need = [&](int64_t direction, int64_t weight) {
+      return task_should_compute_output(3 + direction * per_direction + weight);
+    };
+    std::array<std::array<bool, 5>, 2> masks;
+    std::array<Tensor, 4> w;  // of a direction that is needed: those of another may have changed
+    for (int64_t i = 0; i < 2; ++i) {
+      masks[i] = {task_should_compute_output(i), need_h, need(i, 0), need(i, 1),
+                  bias && (need(i, 2) || need(i, 3))};
+      if (masks[i] == std::array<bool, 5>()) continue;
+      for (int64_t j = 0; j < 2; ++j) w[2 * i + j] = unpack(kWeights + 2 * i + j);
+    }
+    const Tensor h = unpack(kOut);
+    const GivingAway own(how, grads, h, saved[kOut], {x, h0, w[0], w[1], w[2], w[3]});
+    Given given = own.given;
     const c10::SymInt H = h.sym_size(-1) / 2;  // size() would fix what a trace leaves open
-    const bool need_h = h0.defined() && task_should_compute_output(2);
     std::array<Tensor, 2> d_h;
     for (int64_t direction = 0; direction < 2; ++direction) {
+      const std::array<bool, 5>& mask = masks[direction];
+      if (mask == std::array<bool, 5>()) continue;
       const int64_t first = 3 + direction * per_direction;
-      const bool bias = per_direction == 4;
-      const bool need_b_ih = bias && task_should_compute_output(first + 2);
-      const bool need_b_hh = bias && task_should_compute_output(first + 3);
-      const std::array<bool, 5> mask = {
-          task_should_compute_output(direction), need_h, task_should_compute_output(first),
-          task_should_compute_output(first + 1), need_b_ih || need_b_hh};
-      if (std::none_of(mask.begin(), mask.end(), [](bool needed) { return needed; })) continue;
+      const bool need_b_ih = bias && need(direction, 2), need_b_hh = bias && need(direction, 3);
       const auto half = [&](const Tensor& y) {
         return y.defined() ? OptionalTensor(y.narrow_symint(-1, H * direction, H)) : std::nullopt;
       };
@@ -409,7 +423,7 @@ struct RnnLayerDoubleBackward : SavingNode {
 
   std::string name() const override { return "RnnLayerDoubleBackward"; }
 
-  variable_list run(variable_list gg, bool) override {
+  variable_list run(variable_list gg, Run) override {
     if (std::none_of(gg.begin(), gg.end(), [](const Tensor& g) { return g.defined(); })) {
       return variable_list(7);
     }
@@ -608,7 +622,7 @@ TORCH_LIBRARY(rnnfast, m) {
   // The same, for one that is given (grad_out, grad_h_n, out) to use up: of what is, nothing but the
   // sizes may be read afterwards.
   m.def(
-      "rnn_layer_backward_(Tensor(a!)? grad_out, Tensor(b!)? grad_h_n, Tensor input, Tensor? hx, "
+      "_rnn_layer_backward_(Tensor(a!)? grad_out, Tensor(b!)? grad_h_n, Tensor input, Tensor? hx, "
       "Tensor w_ih, Tensor w_hh, Tensor(c!) out, Tensor? batch_sizes, str nonlinearity, "
       "bool reverse, bool[5] output_mask, bool[3] given) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -124,7 +124,7 @@ def choose_between(
             one_direction_at_a_time,
             lambda x, hx, weights, n, *_: (x, weights[1].shape[0], n is not None),
         )
-        ops_of_a_layer["rnn_layer_backward_"] = (
+        ops_of_a_layer["_rnn_layer_backward_"] = (
             lambda *args: backward(*args[:-1]),  # uses up nothing
             ops_of_a_layer["rnn_layer_backward"][1],
         )

@@ -364,6 +364,52 @@ def _it_is_expanded(first, second, x):
     return []
 
 
+def _it_has_strides_of_its_own(first, second, x):
+    y, h_n = first(x)
+    turned = torch.linspace(0, 1, y.numel(), dtype=y.dtype).view(y.shape[::-1]).permute(2, 1, 0)
+    loss = (y * turned).sin().sum() + torch.nn.functional.pad(h_n, (1, 1)).cos().sum()
+    del y, h_n
+    loss.backward()
+    return []
+
+
+def _its_rows_overlap(first, second, x):
+    y = first(x)[0].flatten(0, 1)
+    rows, width = y.shape
+    added = torch.ops.aten.unfold_backward(y, [rows * 4 + width - 4], 0, width, 4).sin().sum()
+    with torch.inference_mode():  # whose views keep no base
+        added.backward()
+    return []
+
+
+def _a_frozen_direction_changes(first, second, x):
+    frozen = [p for name, p in first.named_parameters() if name.endswith("reverse")]
+    for p in frozen:
+        p.requires_grad_(False)
+    loss = first(x.detach())[0].sin().sum()
+    for p in frozen:
+        p.zero_()
+    loss.backward()
+    return []
+
+
+def _the_node_is_called_by_another_backward(first, second, x):
+    y, _ = first(x)
+    seen = []
+
+    def call(grad):
+        others = [None] * (len(z.grad_fn._input_metadata) - 1)  # of h_n, if it has the same node
+        for _ in range(2):
+            seen.extend(g for g in (z.grad_fn(torch.ones_like(z), *others),) if g is not None)
+
+    z, _ = second(y.detach())
+    y.register_hook(call)
+    y.sin().sum().backward()
+    assert len(seen) == 2
+    z.sin().sum().backward()
+    return []
+
+
 def _hooks_keep_what_is_saved(first, second, x):
     kept = []
 
@@ -404,17 +450,25 @@ SEEN = {
     "it is differentiated": _it_is_differentiated,
     "it is an array": _it_is_an_array,
     "it is expanded": _it_is_expanded,
+    "it has strides of its own": _it_has_strides_of_its_own,
+    "its rows overlap": _its_rows_overlap,
+    "a frozen direction changes": _a_frozen_direction_changes,
+    "the node is called by another backward": _the_node_is_called_by_another_backward,
     "hooks keep what is saved": _hooks_keep_what_is_saved,
     "it is computed again": _it_is_computed_again,
 }
 
 
-@pytest.mark.parametrize("kind", ["tanh", "batch first", "bidirectional", "one step"])
+SIZES = {"one step": (1, 4, 3, 6), "one sequence": (2, 1, 3, 100)}
+
+
+@pytest.mark.parametrize("size", ["few steps", *SIZES])
+@pytest.mark.parametrize("kind", ["one direction", "batch first", "bidirectional"])
 @pytest.mark.parametrize("case", SEEN)
-def test_a_backward_uses_up_nothing_that_others_see(backend, case, kind):
+def test_a_backward_uses_up_nothing_that_others_see(backend, case, kind, size):
     """Gradients become dz in place, and outputs are let go of, where nothing else has them."""
     options = {"bidirectional": kind == "bidirectional", "batch_first": kind == "batch first"}
-    T, B, I, H, K = 1 if kind == "one step" else 9, 4, 3, 6, 5
+    (T, B, I, H), K = SIZES.get(size, (9, 4, 3, 6)), 5
     modules = zip(
         pair(I, H, dtype=torch.float64, **options),
         pair(H * (1 + options["bidirectional"]), K, dtype=torch.float64, seed=1, **options),

@@ -148,7 +148,7 @@ def test_no_op_is_left_unchecked():
     checked = {"rnn", "rnn_cell", "rnn_layer", "rnn_layer_backward", "_tanh"}
     checked.add("rnn_bidirectional_layer")
     checked |= {"_rnn_layer_backward_reference", "_rnn_layer_double_backward"}
-    using_up = "rnn_layer_backward_"  # in no trace; tested below
+    using_up = "_rnn_layer_backward_"  # in no trace; tested below
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rnnfast::")}
     schemas = [torch._C._get_schema(name, "") for name in names]
     # The others only raise, or tell what the CUDA kernels can run.
@@ -402,6 +402,7 @@ USED_UP = {  # T, B, I, H, lengths
     "our own sums": (45, 60, 7, 100, None),
     "the library's": (3, 50, 700, 720, None),
     "steps of the library's": (3, 4, 9, 400, None),
+    "such of one sequence": (2, 1, 9, 100, None),
     "one step": (1, 20, 9, 30, None),
     "few rows": (6, 2, 5, 40, None),
     "one sequence": (30, 1, 9, 30, None),
@@ -432,15 +433,17 @@ def test_gradients_of_what_may_be_used_up(case, lies, reverse, dtype):
     grads = torch.randn(out.shape).to(dtype), torch.randn(B, H).to(dtype)
     grad_out, out = (LIES[lies](y) for y in (grads[0], out))
     call = batch_sizes, "tanh", reverse
-    wanted = [[True] * 5, [False, True, True, False, False], [True, False, False, True, True]]
-    states = (h, None) if lies == "by itself" else (h,)
-    for state, mask, has_out in itertools.product(states, wanted, (True, False)):
+    variants = [(h, [True] * 5, True)]
+    if lies == "by itself":
+        some = [False, True, True, False, False], [True, False, False, True, True]
+        variants += itertools.product((h, None), some, (True, False))
+    for state, mask, has_out in variants:
         operands = x, state, w_ih, w_hh
         given = grad_out if has_out else None, grads[1]
         expected = torch.ops.rnnfast.rnn_layer_backward(*given, *operands, out, *call, mask)
         for used in itertools.product([False, True], repeat=3):
             copies = [LIES[lies](grad_out) if has_out else None, grads[1].clone(), LIES[lies](out)]
-            actual = torch.ops.rnnfast.rnn_layer_backward_(
+            actual = torch.ops.rnnfast._rnn_layer_backward_(
                 *copies[:2], *operands, copies[2], *call, mask, used
             )
             for a, b in zip(actual, expected, strict=True):

@@ -205,7 +205,7 @@ bool worth_steps_of_library(const Steps& steps, int64_t H) {
          0.65 * H * H > 4000.0 * (seq_len - 1);
 }
 
-// Returns dz, [rows, H], in `place` where that is defined.
+// Returns dz, [rows, H]: in `place`, that of a gradient, where that is defined.
 Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& w_hh, const Tensor& out,
                          bool relu, const Tensor& place) {
@@ -216,9 +216,10 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   const auto visited = [&](const Tensor& x, int64_t s) {  // the s-th, from the last step on
     return x.select(0, steps.walk.reverse ? s : T - 1 - s);
   };
-  const Tensor rows =
-      place.defined() ? place : empty({steps.rows, w_hh.size(0)}, out.scalar_type());
-  const Tensor dz = rows.view(out.sizes());
+  // Of the same strides as the gradient, since ATen calls what differs from it a partial overlap.
+  const Tensor dz = !place.defined() ? empty(out.sizes(), out.scalar_type())
+                    : grad_out       ? *grad_out
+                                     : grad_h_n->unsqueeze(0);
   OptionalTensor dh = grad_h_n;
   for (int64_t s = 0; s < T; ++s) {
     if (grad_out) dh = dh ? at::add(*dh, visited(*grad_out, s)) : visited(*grad_out, s);
@@ -226,7 +227,7 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
     slope(z, *dh, visited(out, s));
     if (s + 1 < T) dh = at::mm(z, w_hh);
   }
-  return rows;
+  return place.defined() ? place : flat(dz);
 }
 
 // dz of so many rows stays in the second-level cache until its products are done, and takes no
@@ -473,6 +474,6 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("rnn_layer", &rnnfast::cpu::rnn_layer);
   m.impl("rnn_bidirectional_layer", &rnnfast::cpu::rnn_bidirectional_layer);
   m.impl("rnn_layer_backward", &rnnfast::cpu::rnn_layer_backward);
-  m.impl("rnn_layer_backward_", &rnnfast::cpu::rnn_layer_backward_);
+  m.impl("_rnn_layer_backward_", &rnnfast::cpu::rnn_layer_backward_);
   m.impl("_tanh", &rnnfast::cpu::tanh);
 }
