@@ -102,7 +102,16 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
   }
 }
 
-bool only_cpu_follows(c10::DispatchKeySet keys) {
+bool only_cpu_follows(std::initializer_list<at::TensorList> operands) {
+  if (at::GradMode::is_enabled()) return false;
+  c10::DispatchKeySet keys;
+  for (const at::TensorList& tensors : operands) {
+    for (const Tensor& x : tensors) {
+      if (!x.defined()) continue;
+      if (has_tangent(x)) return false;
+      keys = keys | x.key_set();
+    }
+  }
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   keys = ((keys | tls.included_) - tls.excluded_) -
          c10::autograd_dispatch_keyset_with_ADInplaceOrView -
@@ -282,15 +291,7 @@ class GivingAway {
   // `operands`: what else the backward takes. Takes `out` from the node where the engine would next.
   GivingAway(SavingNode::Run how, const variable_list& grads, const Tensor& out,
              SavedVariable& saved_out, std::initializer_list<Tensor> operands) {
-    if (how == SavingNode::Run::kTraced || at::GradMode::is_enabled() || has_tangent(out)) return;
-    c10::DispatchKeySet keys = out.key_set();
-    for (const auto& xs : {at::TensorList(grads), at::TensorList(operands)}) {
-      for (const Tensor& x : xs) {
-        if (has_tangent(x)) return;
-        if (x.defined()) keys = keys | x.key_set();
-      }
-    }
-    if (!only_cpu_follows(keys)) return;
+    if (how == SavingNode::Run::kTraced || !only_cpu_follows({grads, out, operands})) return;
     below_.emplace();
     if (how == SavingNode::Run::kLast) saved_out.reset_data();
     given = {is_own(grads[0]), is_own(grads[1]), is_own(out)};

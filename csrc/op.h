@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -30,15 +31,17 @@ struct Given {
   bool grad_out = false, grad_h_n = false, out = false;
 };
 
-// Whether a call with tensors of these keys comes to nothing but kernels of the CPU, once autograd is
-// passed by: to no autocast, transform, mode or subclass.
-bool only_cpu_follows(c10::DispatchKeySet keys);
-
 // Whether a forward-mode derivative is asked for.
 inline bool has_tangent(const at::Tensor& x) {
   return x.defined() && x._fw_grad(/*level=*/0).defined();
 }
 inline bool has_tangent(const OptionalTensor& x) { return x && has_tangent(*x); }
+
+// Whether a call with these tensors, where undefined ones do not count, has no derivative to record and
+// comes to nothing but kernels of the CPU: to no transform, mode or subclass, nor to autocast, which keeps
+// what it casts, with its history, for calls that do record. Autograd, whose dispatches are a tenth of a
+// small call, may then be passed by.
+bool only_cpu_follows(std::initializer_list<at::TensorList> operands);
 
 // Calls torch.ops.rnnfast.rnn_layer through the dispatcher.
 Outputs call_rnn_layer(const at::Tensor& input, const OptionalTensor& hx, const at::Tensor& w_ih,

@@ -16,26 +16,6 @@ namespace {
 
 using at::Tensor;
 
-// Passes autograd by, whose dispatches are a tenth of a small call, where it has nothing to record and
-// nothing but the CPU's kernels comes after it: autocast, for one, keeps what it casts, with its
-// history, for calls that do record.
-class BelowAutograd {
- public:
-  BelowAutograd(const Tensor& input, const OptionalTensor& hx, at::TensorList weights) {
-    if (at::GradMode::is_enabled() || has_tangent(input) || has_tangent(hx)) return;
-    c10::DispatchKeySet keys = input.key_set();
-    if (hx) keys = keys | hx->key_set();
-    for (const Tensor& w : weights) {
-      if (has_tangent(w)) return;
-      keys = keys | w.key_set();
-    }
-    if (only_cpu_follows(keys)) below_.emplace();
-  }
-
- private:
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below_;
-};
-
 Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
             const OptionalTensor& batch_sizes, c10::string_view nonlinearity, bool bias,
             int64_t num_layers, double dropout, bool bidirectional, bool batch_first) {
@@ -48,7 +28,9 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
               weights.size());
   TORCH_CHECK(!hx || (hx->dim() == 3 && hx->size(0) == states),
               "rnnfast: expected hx of 3 dimensions, the first ", states, ", got ", hx->sizes());
-  const BelowAutograd below_autograd(input, hx, weights);
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+  const at::TensorList initial = hx ? at::TensorList(*hx) : at::TensorList();
+  if (only_cpu_follows({input, initial, weights})) below_autograd.emplace();
   const bool turned = batch_first && !batch_sizes;
   Tensor x = turned ? input.transpose(0, 1) : input;
   // Copied once, as nn.RNN does: the kernels need adjacent features, forward and backward.

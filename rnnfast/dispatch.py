@@ -119,7 +119,7 @@ def choose_between(
             lambda g, g_n, x, hx, w_ih, w_hh, out, n, *_: (x, w_hh.shape[0], n is not None),
         ),
     }
-    if key == "CPU":  # elsewhere composite, and not called
+    if key == "CPU":  # elsewhere the one is composite, and the other never called
         ops_of_a_layer["rnn_bidirectional_layer"] = (
             one_direction_at_a_time,
             lambda x, hx, weights, n, *_: (x, weights[1].shape[0], n is not None),
