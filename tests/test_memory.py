@@ -15,6 +15,8 @@ BOTH = {"bidirectional": True}
 # name: (steps, features of the input and of the state, constructor arguments)
 CASES = {
     "plain": (60, 128, 128, {}),
+    "few features": (10, 1, 16, {}),
+    "odd sizes": (28, 28, 100, {}),
     "as many weights as 16 bits take whole": (60, B * 60 // 8, B * 60 // 8, {}),
     "more than those": (60, B * 60 // 8 + 1, B * 60 // 8 + 1, {}),
     "two layers, bidirectional": (60, 128, 128, TWO | BOTH),
@@ -83,6 +85,14 @@ def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
     if case == "packed":
         x = pack([x[: T - b, b] for b in range(B)])
     compare(modules, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_nor_do_a_few_steps_in_products_of_bfloat16(compiled, one_thread, steps):
+    """Sums are in float32 there, weights and rows packed in pairs: in as little as the rows need."""
+    if not torch.ops.rnnfast._cpu_bfloat16_products():
+        pytest.skip("no products of bfloat16 here")
+    compare(pair(64, 64, dtype=torch.bfloat16), torch.randn(steps, B, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("case", DEEP)

@@ -21,9 +21,8 @@ namespace rnnfast::cpu {
 
 // Whether gradients of bfloat16 are summed in float32 as a whole, which takes twice their memory, or a
 // block of their rows at a time, of all steps, which takes that of dz: nn.RNN holds two outputs.
-template <class T>
-bool worth_wide_sums(const Steps& steps, int64_t I, int64_t H) {
-  return in_tiles<T>() && steps.rows >= 2 * (I + H);
+inline bool worth_wide_sums(const Steps& steps, int64_t I, int64_t H) {
+  return steps.rows >= 2 * (I + H);
 }
 
 // Into how many parts the rows are divided, each summed by a thread of its own, and the sums added up
@@ -52,9 +51,9 @@ class GradientSums {
         given_(given), I_(w_ih.size(1)), H_(w_hh.size(0)) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
-    own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_);
-    own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_);
-    by_blocks_ = kInPairs<T> && !worth_wide_sums<T>(steps, I_, H_);
+    by_blocks_ = kInPairs<T> && !worth_wide_sums(steps, I_, H_);
+    own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_, !by_blocks_);
+    own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_, !by_blocks_);
     if ((own_w_ih_ || own_w_hh_) && !by_blocks_) parts_ = parts_of_rows<T>(steps.rows, I_, H_);
     w_hh_at_ = own_w_ih_ ? H_ * I_ : 0;
     b_at_ = w_hh_at_ + (own_w_hh_ ? H_ * H_ : 0);
@@ -96,7 +95,7 @@ class GradientSums {
     if (hx_ && own_w_hh_ && !by_blocks_) {
       const Tensor h0 = adjacent_features(*hx_);
       by_gradient_rows<T>(H_, steps_.walk.batch * H_ * H_, [&](int64_t m0, int64_t m1) {
-        Space<T> space(time_loop<T>().outer_sum_space(H_));
+        Space<T> space(time_loop<T>().outer_sum_space(steps_.walk.batch, H_));
         OuterSum<T> f = w_hh_sum(h0, data_of<Sum<T>>(d_w_hh_), space.data());
         f.rows = steps_.walk.batch;
         f.a = data_of<const T>(z_first_);
@@ -181,8 +180,8 @@ class GradientSums {
     const int64_t rows = z.size(0), ldz = row_stride(z), row = steps_.row(begin);
     // Rows [m0, m1) of the gradients, of rows [r0, r1) of z.
     const auto sum = [&](int64_t part, int64_t m0, int64_t m1, int64_t r0, int64_t r1) {
-      Space<T> space(std::max(ih ? loop.outer_sum_space(I_) : 0,
-                              hh ? loop.outer_sum_space(H_) : 0));
+      Space<T> space(std::max(ih ? loop.outer_sum_space(r1 - r0, I_) : 0,
+                              hh ? loop.outer_sum_space(r1 - r0, H_) : 0));
       if (ih) {
         OuterSum<T> f;
         f.rows = r1 - r0;
@@ -270,13 +269,14 @@ class GradientSums {
   Tensor summed_blocks(int64_t N, const Tensor& column_sums, const Runs& runs) const {
     const int64_t most = std::max<int64_t>(H_ * (I_ + H_) / (8 * N) / 32 * 32, 32);
     const Tensor result = empty({H_, N}, out_.scalar_type());
-    const Tensor sums = empty({std::min(most, H_), N}, kSums);
+    const Tensor sums = zeros({std::min(most, H_), N}, kSums);
     for (int64_t m = 0; m < H_; m += most) {
-      Tensor block = sums.narrow(0, 0, std::min(most, H_ - m));
-      block.zero_();
+      if (m > 0) sums.zero_();
+      // A view would cost a small call a dispatch.
+      const Tensor block = H_ - m < most && m > 0 ? sums.narrow(0, 0, H_ - m) : sums;
       by_gradient_rows<T>(block.size(0), steps_.rows * block.size(0) * N,
                           [&](int64_t m0, int64_t m1) {
-        Space<T> space(time_loop<T>().outer_sum_space(N));
+        Space<T> space(time_loop<T>().outer_sum_space(steps_.rows, N));
         OuterSum<T> f;
         f.N = f.ldc = N;
         f.c = data_of<Sum<T>>(block);
@@ -291,7 +291,7 @@ class GradientSums {
           time_loop<T>().outer_sum(f, m0, m1);
         });
       });
-      result.narrow(0, m, block.size(0)).copy_(block);
+      (most < H_ ? result.narrow(0, m, block.size(0)) : result).copy_(block);
     }
     return result;
   }

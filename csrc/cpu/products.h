@@ -47,9 +47,9 @@ bool few_columns(int64_t K, int64_t N) {
 // Whether the projection belongs into the walk over the steps: where a block's rows share each
 // weight that is loaded and the weights of both stay in reach, which saves writing and reading
 // every pre-activation; and where a call of the library (4 us) costs more than it saves. Else one
-// product over all steps is the better use of the weights. In bfloat16 by vectors, whose products are
-// twice as fast, a call costs more (20 us) and more rows have to share a weight. The bounds are
-// measured (notes/cpu.md, "Projection").
+// product over all steps is the better use of the weights. In bfloat16 by vectors products are twice as
+// fast, so that more rows have to share a weight. The bounds are measured (notes/cpu.md, "Projection" and
+// "bfloat16 with AVX512-BF16").
 struct FusingBounds {
   int64_t work;               // less than that, in multiply-adds, is not worth a call
   int64_t rows_of_few, rows;  // of the batch, that have to share few weights, or any
@@ -57,7 +57,7 @@ struct FusingBounds {
 template <class T>
 FusingBounds fusing_bounds() {
   if (in_tiles<T>()) return {.work = 250'000, .rows_of_few = 6, .rows = 6};
-  if (kInPairs<T>) return {.work = 1'000'000, .rows_of_few = 1, .rows = 16};
+  if (kInPairs<T>) return {.work = 500'000, .rows_of_few = 3, .rows = 16};
   return {.work = 250'000, .rows_of_few = 4, .rows = 8};
 }
 template <class T>
@@ -131,7 +131,7 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
   const int64_t ld_start = start.defined() && start.dim() == 2 ? start.stride(0) : 0;
   T* c_data = data_of<T>(c);
   const auto run = [&](int64_t p0, int64_t p1, int64_t r0, int64_t r1) {
-    const int64_t at_once = kInPairs<T> ? p1 - p0 : 1;
+    const int64_t at_once = in_tiles<T>() ? p1 - p0 : 1;
     Space<T> packed(loop.packed_size(std::min(K, most_terms), std::min(N, at_once * width)));
     PanelProduct<T> f = whole;
     f.rows = r1 - r0;
@@ -160,7 +160,7 @@ void add_own_product(const Tensor& a, const Tensor& w, const Tensor& start, cons
 template <class T>
 void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& w) {
   constexpr int64_t kFewRows = 4;
-  const bool own = kInPairs<T> ? in_tiles<T>() : outruns_library() && a.size(0) > kFewRows;
+  const bool own = kInPairs<T> || (outruns_library() && a.size(0) > kFewRows);
   if (own && c.stride(1) == 1) {
     return add_own_product<T>(adjacent_features(a), w,
                               start.defined() ? adjacent_features(start) : start, c);
@@ -168,11 +168,12 @@ void product_into(Tensor c, const Tensor& start, const Tensor& a, const Tensor& 
   start.defined() ? at::addmm_out(c, start, a, w) : at::mm_out(c, a, w);
 }
 
-// Whether a weight gradient of so many numbers is the time loop's outer_sum.
+// Whether a weight gradient of so many numbers is the time loop's outer_sum. In bfloat16 by vectors one
+// that is not summed `whole` has to be small, since each block of it packs all rows again.
 template <class T>
-bool worth_own_sums(int64_t numbers) {
-  if (kInPairs<T>) return in_tiles<T>();
-  return outruns_library() || numbers <= time_loop<T>().outer_sum_numbers;
+bool worth_own_sums(int64_t numbers, bool whole = true) {
+  if (kInPairs<T> ? in_tiles<T>() || whole : outruns_library()) return true;
+  return numbers <= time_loop<T>().outer_sum_numbers;
 }
 
 // Threads take the M rows of a gradient, f(m0, m1), so that no sum depends on how many there are;

@@ -7,8 +7,10 @@
 // cache; a chunk's sums start from zero in registers, so that an addition rounds at the size of a
 // chunk's sum; the column sums, which have no lanes to spread a bias over, fold every 16 rows.
 
-// Measured against MKL (notes/cpu.md, "Weight gradients").
-#if RNNFAST_VECTOR_BYTES == 64
+// Measured against MKL, and in bfloat16 against oneDNN (notes/cpu.md, "Weight gradients").
+#if defined(RNNFAST_BFLOAT16)
+constexpr int64_t kOuterSumNumbers = 128 * 128;
+#elif RNNFAST_VECTOR_BYTES == 64
 constexpr int64_t kOuterSumNumbers = 700 * 700;
 #elif RNNFAST_VECTOR_BYTES == 32
 constexpr int64_t kOuterSumNumbers = 160 * 160;
@@ -19,28 +21,43 @@ constexpr int64_t kOuterSumNumbers = 112 * 112;
 template <class T>
 struct OuterCell {
   template <int M, int N>
-  static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, T* c,
+  static void block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int last, Sum<T>* c,
                     int64_t ldc) {
+    constexpr int64_t pairing = Sums<T>::pairing;
     Block<T, M, N> sum;
     sum.clear();
-    if (last == L<T>) {
-      sum.template chain<true>(a, 1, lda, {b, ldb, 0}, R, last);
+    if (last == L<T> || pairing > 1) {  // pairs are packed, and padded
+      sum.template chain<true>(a, pairing, lda, {b, ldb, 0}, R, last);
     } else {
-      sum.template chain<false>(a, 1, lda, {b, ldb, 0}, R, last);
+      sum.template chain<false>(a, pairing, lda, {b, ldb, 0}, R, last);
     }
     sum.add(c, ldc, last);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) store_nth<T, N>(c + m * ldc, n, last, sum.acc[m][n]);
+      for (int n = 0; n < N; ++n) store_nth<Sum<T>, N>(c + m * ldc, n, last, sum.acc[m][n]);
   }
 
+  // Rows [0, M) and `columns` columns, one panel's at most, of c.
   template <int N>
-  static void panel(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t m0,
-                    int64_t m1, int last, T* c, int64_t ldc) {
-    level_blocks<OuterCell, N>(m0, m1, [&](auto block, int64_t m, int64_t) RNNFAST_LAMBDA_INLINE {
-      block(a + m, lda, b, ldb, R, last, c + m * ldc, ldc);
+  static void rows(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t M,
+                   int64_t columns, Sum<T>* c, int64_t ldc) {
+    const int last = int(columns - (N - 1) * L<T>);
+    level_blocks<OuterCell, N>(0, M, [&](auto block, int64_t m, int64_t) RNNFAST_LAMBDA_INLINE {
+      block(a + m * Sums<T>::pairing, lda, b, ldb, R, last, c + m * ldc, ldc);
     });
+  }
+
+  static void panel(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t R, int64_t M,
+                    int64_t columns, Sum<T>* c, int64_t ldc) {
+    switch ((columns + L<T> - 1) / L<T>) {
+      case 1: rows<1>(a, lda, b, ldb, R, M, columns, c, ldc); break;
+      case 2: rows<2>(a, lda, b, ldb, R, M, columns, c, ldc); break;
+#if RNNFAST_VECTOR_REGISTERS == 32
+      case 3: rows<3>(a, lda, b, ldb, R, M, columns, c, ldc); break;
+      case 4: rows<4>(a, lda, b, ldb, R, M, columns, c, ldc); break;
+#endif
+    }
   }
 };
 
@@ -79,24 +96,52 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   const int64_t chunk = fitting > kMost ? kMost : fitting;
   for (int64_t r = 0; r < f.rows; r += chunk) {
     const int64_t R = f.rows - r < chunk ? f.rows - r : chunk;
-    const T* a = f.a + r * f.lda;
+    const T* a = f.a + r * f.lda + m0;
     for (int64_t n = 0; n < f.N; n += kPanel * lanes) {
-      const T* b = f.b + r * f.ldb + n;
-      const int64_t left = f.N - n;
-      const int width = left >= kPanel * lanes ? kPanel : int((left + lanes - 1) / lanes);
-      const int last = left >= kPanel * lanes ? lanes : int(left - (width - 1) * lanes);
-      switch (width) {
-        case 1: Cell::template panel<1>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 2: Cell::template panel<2>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-#if RNNFAST_VECTOR_REGISTERS == 32
-        case 3: Cell::template panel<3>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-        case 4: Cell::template panel<4>(a, f.lda, b, f.ldb, R, m0, m1, last, f.c + n, f.ldc); break;
-#endif
-      }
+      const int64_t columns = f.N - n < kPanel * lanes ? f.N - n : kPanel * lanes;
+      Cell::panel(a, f.lda, f.b + r * f.ldb + n, f.ldb, R, m1 - m0, columns, f.c + m0 * f.ldc + n,
+                  f.ldc);
     }
     if (f.column_sums) add_column_sums(f, r, R, m0, m1);
   }
 }
+
+#if defined(RNNFAST_BFLOAT16) && !defined(RNNFAST_TILES)
+// In bfloat16 a chunk's rows are paired first, as those of weights are: all columns of b, in panels, and
+// of `a` some at a time, so that a panel and those stay in the first-level cache.
+constexpr int64_t kPairedColumns = 48;
+int64_t paired_rows(int64_t rows, int64_t N) {
+  const int64_t fitting = (64 << 10) / N / 2 * 2;
+  const int64_t most = fitting < 32 ? 32 : fitting > 128 ? 128 : fitting;
+  return rows < most ? rows : most;
+}
+int64_t paired_outer_sum_space(int64_t rows, int64_t N) {
+  const int64_t R = paired_rows(rows, N);
+  return packed_size<BFloat16>(R, N) + padded<BFloat16>(R) * kPairedColumns;
+}
+
+void paired_outer_sum(const OuterSum<BFloat16>& f, int64_t m0, int64_t m1) {
+  using T = BFloat16;
+  constexpr int64_t width = kPanel * L<T>;
+  const int64_t chunk = paired_rows(f.rows, f.N);
+  for (int64_t r = 0; r < f.rows; r += chunk) {
+    const int64_t R = f.rows - r < chunk ? f.rows - r : chunk, K = padded<T>(R);
+    if (f.column_sums) add_column_sums(f, r, R, m0, m1);
+    pack(f.b + r * f.ldb, f.ldb, 1, R, f.N, f.space);
+    T* a = f.space + packed_size<T>(R, f.N);
+    for (int64_t m = m0; m < m1; m += kPairedColumns) {
+      const int64_t M = m1 - m < kPairedColumns ? m1 - m : kPairedColumns;
+      const int64_t lda = (M + L<T> - 1) / L<T> * L<T>;
+      pack_pairs(f.a + r * f.lda + m, f.lda, R, M, lda, a);
+      for (int64_t n = 0; n < f.N; n += width) {
+        const int64_t columns = f.N - n < width ? f.N - n : width;
+        OuterCell<T>::panel(a, lda, f.space + n * K, (columns + L<T> - 1) / L<T> * L<T>, K, M,
+                            columns, f.c + m * f.ldc + n, f.ldc);
+      }
+    }
+  }
+}
+#endif
 
 // -------------------------------------------------------------------- products with packed weights
 //

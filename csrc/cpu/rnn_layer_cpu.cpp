@@ -235,7 +235,7 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
 // a weight's gradient would be rounded after each stretch.
 template <class T>
 int64_t rows_of_a_stretch(const Steps& steps, int64_t I, int64_t H) {
-  if (kInPairs<T> && !worth_wide_sums<T>(steps, I, H)) return steps.rows;
+  if (kInPairs<T> && !worth_wide_sums(steps, I, H)) return steps.rows;
   constexpr int64_t kBytes = 256 << 10, kLeast = 512;
   const int64_t fitting = std::max<int64_t>(kBytes / (H * int64_t(sizeof(T))), kLeast);
   const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);

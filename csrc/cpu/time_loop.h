@@ -117,7 +117,7 @@ struct OuterSum {
   Sum<T>* c = nullptr;            // [M, N], row stride ldc
   int64_t ldc = 0;
   Sum<T>* column_sums = nullptr;  // [M] or nullptr
-  T* space = nullptr;             // of outer_sum_space(N) numbers
+  T* space = nullptr;             // of outer_sum_space(rows, N) numbers
 };
 
 // z[b,n] += sum_k x[b,k] w[n,k], with the weights as they lie; z in the type of sums.
@@ -206,12 +206,11 @@ struct TimeLoop {
   void (*linear)(const Linear<T>&, int64_t n0, int64_t n1) = nullptr;
   // h = act(z), which h may be.
   void (*activate)(const Sum<T>* z, int64_t n, bool relu, T* h) = nullptr;
-  // Rows [m0, m1) of c. None in bfloat16 without tiles, whose rows would have to be paired first; nor
-  // a panel_product.
+  // Rows [m0, m1) of c.
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1) = nullptr;
-  int64_t (*outer_sum_space)(int64_t N) = nullptr;
+  int64_t (*outer_sum_space)(int64_t rows, int64_t N) = nullptr;
   int64_t outer_sum_numbers = 0;  // the largest c for which the library is not faster, as measured
-  void (*panel_product)(const PanelProduct<T>&) = nullptr;
+  void (*panel_product)(const PanelProduct<T>&) = nullptr;  // none in bfloat16 without tiles
   void (*widen)(const Float16* from, int64_t n, float* to) = nullptr;  // none if T is not float
 };
 

@@ -92,13 +92,14 @@ struct Block {
       for (int n = 0; n < vectors; ++n) acc[m][n] = V<T>{};
   }
 
-  // acc[m] += rows of a tensor, `last` lanes of the last vector.
-  RNNFAST_INLINE void add(const T* row, int64_t stride, int last) {
+  // acc[m] += rows of a tensor, of T or of sums, `last` lanes of the last vector.
+  template <class S>
+  RNNFAST_INLINE void add(const S* row, int64_t stride, int last) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
       for (int n = 0; n < vectors; ++n)
-        acc[m][n] += load_nth<T, vectors>(row + m * stride, n, last);
+        acc[m][n] += load_nth<S, vectors>(row + m * stride, n, last);
   }
 
 #pragma GCC diagnostic push
@@ -548,9 +549,9 @@ void run(const Cell& cell, const Share& share) {
     walk_rows(cell, share.b0 + n * i / groups, share.b0 + n * (i + 1) / groups, share);
 }
 
-#include "products.inc.h"
-
 #include "packing.inc.h"
+
+#include "products.inc.h"
 
 // ----------------------------------------------------------------------------------- entry points
 
@@ -622,7 +623,7 @@ void widen(const Float16* from, int64_t n, float* to) {
 #undef RNNFAST_LAMBDA_INLINE
 
 #if !defined(RNNFAST_BFLOAT16)
-int64_t no_space(int64_t) { return 0; }
+int64_t no_space(int64_t, int64_t) { return 0; }
 #endif
 
 template <class T>
@@ -639,7 +640,12 @@ constexpr TimeLoop<T> table() {
   table.outer_sum = tile_outer_sum;
   table.outer_sum_space = tile_outer_sum_space;
   table.panel_product = tile_product;
-#elif !defined(RNNFAST_BFLOAT16)
+#elif defined(RNNFAST_BFLOAT16)
+  table.outer_sum = paired_outer_sum;
+  table.outer_sum_space = paired_outer_sum_space;
+  table.outer_sum_numbers = kOuterSumNumbers;
+  table.panel_product = panel_product<T>;
+#else
   table.outer_sum = outer_sum<T>;
   table.outer_sum_space = no_space;
   table.outer_sum_numbers = kOuterSumNumbers;
