@@ -89,7 +89,7 @@ def test_a_training_step_holds_no_more_than_nn_rnn(one_thread, case, dtype):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_nor_do_a_few_steps_in_products_of_bfloat16(compiled, one_thread, steps):
-    """Sums are in float32 there, weights and rows packed in pairs: in as little as the rows need."""
+    """Sums are in float32 there, weights and rows packed in pairs: as little as the rows need."""
     if not torch.ops.rnnfast._cpu_bfloat16_products():
         pytest.skip("no products of bfloat16 here")
     compare(pair(64, 64, dtype=torch.bfloat16), torch.randn(steps, B, 64, dtype=torch.bfloat16))
