@@ -230,15 +230,16 @@ Tensor backward_by_steps(const Steps& steps, const OptionalTensor& grad_out,
   return place.defined() ? place : flat(dz);
 }
 
-// dz of so many rows stays in the threads' second-level caches until its products are done, and takes
-// no memory that would have to be fetched from the system in every call. In bfloat16 all of them, where
-// a weight's gradient would be rounded after each stretch.
+// dz of so many rows stays in the second-level caches of the threads that walk until its products are
+// done, and takes no memory that would have to be fetched from the system in every call. In bfloat16 all
+// of them, where a weight's gradient would be rounded after each stretch.
 template <class T>
 int64_t rows_of_a_stretch(const Steps& steps, int64_t I, int64_t H) {
   if (kInPairs<T> && !worth_wide_sums(steps, I, H)) return steps.rows;
   constexpr int64_t kBytes = 256 << 10, kLeast = 512;
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t fitting = std::max<int64_t>(threads * kBytes / (H * int64_t(sizeof(T))), kLeast);
+  const Sharing sharing = steps.sharing<T>(steps.walk, H, H, /*each=*/false);
+  const int64_t bytes = sharing.rows * sharing.panels * kBytes;
+  const int64_t fitting = std::max<int64_t>(bytes / (H * int64_t(sizeof(T))), kLeast);
   const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);
   return (steps.rows + parts - 1) / parts;
 }

@@ -210,7 +210,7 @@ struct TimeLoop {
   void (*outer_sum)(const OuterSum<T>&, int64_t m0, int64_t m1) = nullptr;
   int64_t (*outer_sum_space)(int64_t rows, int64_t N) = nullptr;
   int64_t outer_sum_numbers = 0;  // the largest c for which the library is not faster, as measured
-  void (*panel_product)(const PanelProduct<T>&) = nullptr;  // none in bfloat16 without tiles
+  void (*panel_product)(const PanelProduct<T>&) = nullptr;
   void (*widen)(const Float16* from, int64_t n, float* to) = nullptr;  // none if T is not float
 };
 
