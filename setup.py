@@ -79,6 +79,8 @@ def reason_against_cuda() -> str | None:
 
 def cxx_and_link_flags() -> tuple[list[str], list[str]]:
     cxx, link = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"], []
+    # Where a loop lies in its cache lines is not left to what precedes it: up to 6 % of a call.
+    cxx += ["-falign-functions=64"]
     if flag("RNNFAST_SANITIZE"):
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         # Variable tracking would take minutes for the time loops, whose functions are long.
