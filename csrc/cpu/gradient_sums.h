@@ -270,12 +270,15 @@ class GradientSums {
     const int64_t most = std::max<int64_t>(H_ * (I_ + H_) / (8 * N) / 32 * 32, 32);
     const Tensor result = empty({H_, N}, out_.scalar_type());
     const Tensor sums = zeros({std::min(most, H_), N}, kSums);
+    // A view of all of it would cost a small call a dispatch.
+    const auto rows_of = [](const Tensor& x, int64_t m, int64_t n) {
+      return n == x.size(0) ? x : x.narrow(0, m, n);
+    };
     for (int64_t m = 0; m < H_; m += most) {
-      if (m > 0) sums.zero_();
-      // A view would cost a small call a dispatch.
-      const Tensor block = H_ - m < most && m > 0 ? sums.narrow(0, 0, H_ - m) : sums;
-      by_gradient_rows<T>(block.size(0), steps_.rows * block.size(0) * N,
-                          [&](int64_t m0, int64_t m1) {
+      const int64_t rows = std::min(most, H_ - m);
+      const Tensor block = rows_of(sums, 0, rows);
+      if (m > 0) block.zero_();
+      by_gradient_rows<T>(rows, steps_.rows * rows * N, [&](int64_t m0, int64_t m1) {
         Space<T> space(time_loop<T>().outer_sum_space(steps_.rows, N));
         OuterSum<T> f;
         f.N = f.ldc = N;
@@ -291,7 +294,7 @@ class GradientSums {
           time_loop<T>().outer_sum(f, m0, m1);
         });
       });
-      (most < H_ ? result.narrow(0, m, block.size(0)) : result).copy_(block);
+      rows_of(result, m, rows).copy_(block);
     }
     return result;
   }

@@ -7,7 +7,8 @@
 // cache; a chunk's sums start from zero in registers, so that an addition rounds at the size of a
 // chunk's sum; the column sums, which have no lanes to spread a bias over, fold every 16 rows.
 
-// Measured against MKL, and in bfloat16 against oneDNN (notes/cpu.md, "Weight gradients").
+// Measured against MKL (notes/cpu.md, "Weight gradients"), and in bfloat16 against oneDNN ("bfloat16 with
+// AVX512-BF16").
 #if defined(RNNFAST_BFLOAT16)
 constexpr int64_t kOuterSumNumbers = 128 * 128;
 #elif RNNFAST_VECTOR_BYTES == 64
@@ -106,31 +107,39 @@ void outer_sum(const OuterSum<T>& f, int64_t m0, int64_t m1) {
   }
 }
 
-#if defined(RNNFAST_BFLOAT16) && !defined(RNNFAST_TILES)
-// In bfloat16 a chunk's rows are paired first, as those of weights are: all columns of b, in panels, and
-// of `a` some at a time, so that a panel and those stay in the first-level cache.
-constexpr int64_t kPairedColumns = 48;
-int64_t paired_rows(int64_t rows, int64_t N) {
-  const int64_t fitting = (64 << 10) / N / 2 * 2;
-  const int64_t most = fitting < 32 ? 32 : fitting > 128 ? 128 : fitting;
+#if defined(RNNFAST_BFLOAT16)
+// In bfloat16 a chunk's rows are packed first: all columns of b as weights are, and kColumns of `a` at a
+// time. By vectors a panel of b and those stay in the first-level cache; in tiles, of which threads take
+// whole ones, all of b in the second-level one.
+#if defined(RNNFAST_TILES)
+constexpr int64_t kColumns = 32, kPackedNumbers = 128 << 10, kMostRows = 512;
+#else
+constexpr int64_t kColumns = 48, kPackedNumbers = 64 << 10, kMostRows = 128;
+#endif
+int64_t rows_of_a_chunk(int64_t rows, int64_t N) {
+  const int64_t fitting = kPackedNumbers / N / 32 * 32;
+  const int64_t most = fitting < 32 ? 32 : fitting > kMostRows ? kMostRows : fitting;
   return rows < most ? rows : most;
 }
-int64_t paired_outer_sum_space(int64_t rows, int64_t N) {
-  const int64_t R = paired_rows(rows, N);
-  return packed_size<BFloat16>(R, N) + padded<BFloat16>(R) * kPairedColumns;
+int64_t outer_sum_space(int64_t rows, int64_t N) {
+  const int64_t R = rows_of_a_chunk(rows, N);
+  return packed_size<BFloat16>(R, N) + padded<BFloat16>(R) * kColumns;
 }
+#endif
 
+#if defined(RNNFAST_BFLOAT16) && !defined(RNNFAST_TILES)
+// Both are in pairs of rows, so that the time loop's blocks take them.
 void paired_outer_sum(const OuterSum<BFloat16>& f, int64_t m0, int64_t m1) {
   using T = BFloat16;
   constexpr int64_t width = kPanel * L<T>;
-  const int64_t chunk = paired_rows(f.rows, f.N);
+  const int64_t chunk = rows_of_a_chunk(f.rows, f.N);
   for (int64_t r = 0; r < f.rows; r += chunk) {
     const int64_t R = f.rows - r < chunk ? f.rows - r : chunk, K = padded<T>(R);
     if (f.column_sums) add_column_sums(f, r, R, m0, m1);
     pack(f.b + r * f.ldb, f.ldb, 1, R, f.N, f.space);
     T* a = f.space + packed_size<T>(R, f.N);
-    for (int64_t m = m0; m < m1; m += kPairedColumns) {
-      const int64_t M = m1 - m < kPairedColumns ? m1 - m : kPairedColumns;
+    for (int64_t m = m0; m < m1; m += kColumns) {
+      const int64_t M = m1 - m < kColumns ? m1 - m : kColumns;
       const int64_t lda = (M + L<T> - 1) / L<T> * L<T>;
       pack_pairs(f.a + r * f.lda + m, f.lda, R, M, lda, a);
       for (int64_t n = 0; n < f.N; n += width) {

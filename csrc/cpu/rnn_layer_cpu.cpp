@@ -237,9 +237,10 @@ template <class T>
 int64_t rows_of_a_stretch(const Steps& steps, int64_t I, int64_t H) {
   if (kInPairs<T> && !worth_wide_sums(steps, I, H)) return steps.rows;
   constexpr int64_t kBytes = 256 << 10, kLeast = 512;
+  const int64_t row_bytes = H * int64_t(sizeof(T));
+  if (steps.rows < 2 * std::max(kBytes / row_bytes, kLeast)) return steps.rows;  // however they are shared
   const Sharing sharing = steps.sharing<T>(steps.walk, H, H, /*each=*/false);
-  const int64_t bytes = sharing.rows * sharing.panels * kBytes;
-  const int64_t fitting = std::max<int64_t>(bytes / (H * int64_t(sizeof(T))), kLeast);
+  const int64_t fitting = std::max(sharing.rows * sharing.panels * kBytes / row_bytes, kLeast);
   const int64_t parts = std::max<int64_t>(steps.rows / fitting, 1);
   return (steps.rows + parts - 1) / parts;
 }

@@ -84,19 +84,6 @@ void tile_product(const PanelProduct<BFloat16>& f) {
   finish_all(cell);
 }
 
-// Rows of c at a time: two tiles, of which threads take whole ones.
-constexpr int64_t kTransposed = 32;
-// Rows of a chunk: a packed b of 256 KB.
-int64_t outer_sum_rows(int64_t rows, int64_t N) {
-  const int64_t fitting = (128 << 10) / N / 32 * 32;
-  const int64_t most = fitting < 32 ? 32 : fitting > 512 ? 512 : fitting;
-  return rows < most ? rows : most;
-}
-int64_t tile_outer_sum_space(int64_t rows, int64_t N) {
-  const int64_t R = outer_sum_rows(rows, N);
-  return packed_size<BFloat16>(R, N) + padded<BFloat16>(R) * kTransposed;
-}
-
 // to[m][r] = a[r][m], m < M, r < R, and zeros to r = `terms`, a multiple of 32.
 void transpose_rows(const BFloat16* a, int64_t lda, int64_t R, int64_t M, int64_t terms,
                     BFloat16* to) {
@@ -116,7 +103,7 @@ void transpose_rows(const BFloat16* a, int64_t lda, int64_t R, int64_t M, int64_
 }
 
 void tile_outer_sum(const OuterSum<BFloat16>& f, int64_t m0, int64_t m1) {
-  const int64_t chunk = outer_sum_rows(f.rows, f.N);
+  const int64_t chunk = rows_of_a_chunk(f.rows, f.N);
   Tiles tiles;
   OuterSumCell cell{f};
   cell.tiles = &tiles;
@@ -128,8 +115,8 @@ void tile_outer_sum(const OuterSum<BFloat16>& f, int64_t m0, int64_t m1) {
     cell.K = padded<BFloat16>(R);
     cell.packed = f.space;
     cell.transposed = transposed;
-    for (cell.m = m0; cell.m < m1; cell.m += kTransposed) {
-      const int64_t M = m1 - cell.m < kTransposed ? m1 - cell.m : kTransposed;
+    for (cell.m = m0; cell.m < m1; cell.m += kColumns) {
+      const int64_t M = m1 - cell.m < kColumns ? m1 - cell.m : kColumns;
       transpose_rows(f.a + r * f.lda + cell.m, f.lda, R, M, cell.K, transposed);
       step(cell, 0, cell.m, cell.m + M, 0, tile_panels(f.N), nullptr);
     }

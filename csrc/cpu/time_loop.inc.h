@@ -638,11 +638,11 @@ constexpr TimeLoop<T> table() {
   table.activate = activate_array<T>;
 #if defined(RNNFAST_TILES)
   table.outer_sum = tile_outer_sum;
-  table.outer_sum_space = tile_outer_sum_space;
+  table.outer_sum_space = outer_sum_space;
   table.panel_product = tile_product;
 #elif defined(RNNFAST_BFLOAT16)
   table.outer_sum = paired_outer_sum;
-  table.outer_sum_space = paired_outer_sum_space;
+  table.outer_sum_space = outer_sum_space;
   table.outer_sum_numbers = kOuterSumNumbers;
   table.panel_product = panel_product<T>;
 #else
