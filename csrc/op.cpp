@@ -9,8 +9,10 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
@@ -190,12 +192,14 @@ Gradients call_rnn_layer_backward_(const OptionalTensor& grad_out, const Optiona
                                    const Tensor& w_ih, const Tensor& w_hh, const Tensor& out,
                                    const OptionalTensor& batch_sizes,
                                    c10::string_view nonlinearity, bool reverse,
-                                   std::array<bool, 5> output_mask, std::array<bool, 3> given) {
+                                   std::array<bool, 5> output_mask, std::array<bool, 3> given,
+                                   const OptionalTensor& d_w_ih, const OptionalTensor& d_w_hh,
+                                   const OptionalTensor& d_b) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("rnnfast::_rnn_layer_backward_", "")
                        .typed<decltype(call_rnn_layer_backward_)>();
   return op.call(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity,
-                 reverse, output_mask, given);
+                 reverse, output_mask, given, d_w_ih, d_w_hh, d_b);
 }
 
 // The same in differentiable operations, for forward mode (registered by rnnfast/ops.py).
@@ -294,8 +298,12 @@ class GivingAway {
     if (how == SavingNode::Run::kTraced || !only_cpu_follows({grads, out, operands})) return;
     below_.emplace();
     if (how == SavingNode::Run::kLast) saved_out.reset_data();
-    given = {is_own(grads[0]), is_own(grads[1]), is_own(out)};
+    given.grad_out = is_own(grads[0]);
+    given.grad_h_n = is_own(grads[1]);
+    given.out = is_own(out);
   }
+
+  bool only_cpu() const { return below_.has_value(); }
 
   Given given;
 
@@ -315,16 +323,46 @@ Gradients backward_of_layer(const OptionalTensor& grad_out, const OptionalTensor
                             const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                             const Tensor& w_hh, const Tensor& out,
                             const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
-                            bool reverse, std::array<bool, 5> output_mask, Given given) {
-  if (given.grad_out || given.grad_h_n || given.out) {
+                            bool reverse, std::array<bool, 5> output_mask, const Given& given) {
+  if (given.something()) {
     return call_rnn_layer_backward_(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes,
                                     nonlinearity, reverse, output_mask,
-                                    {given.grad_out, given.grad_h_n, given.out});
+                                    {given.grad_out, given.grad_h_n, given.out},
+                                    if_defined(given.d_w_ih), if_defined(given.d_w_hh),
+                                    if_defined(given.d_b));
   }
   return call_rnn_layer_backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes,
                                  nonlinearity, reverse, output_mask);
 }
 
+// The gradients of the weights that calls of the same weights have in common, in float32 where those are in
+// 16 bits.
+struct WeightSums {
+  int task = -1;  // the walk through the graph that they are of
+  Tensor d_w_ih, d_w_hh, d_b;
+
+  void begin_in_float32(const std::array<bool, 5>& mask, const Tensor& w_ih, const Tensor& w_hh) {
+    const auto begin = [](bool need, Tensor& sum, at::IntArrayRef sizes) {
+      if (need && !sum.defined()) sum = at::zeros(sizes, at::kFloat);
+    };
+    begin(mask[2], d_w_ih, w_ih.sizes());
+    begin(mask[3], d_w_hh, w_hh.sizes());
+    begin(mask[4], d_b, w_hh.sizes().slice(0, 1));
+  }
+
+  void add(const WeightSums& other) {
+    const auto add_to = [](Tensor& sum, const Tensor& x) {
+      if (x.defined()) sum = sum.defined() ? sum + x : x;
+    };
+    add_to(d_w_ih, other.d_w_ih);
+    add_to(d_w_hh, other.d_w_hh);
+    add_to(d_b, other.d_b);
+  }
+};
+
+// Calls that each begin with the state of the one before, as those of a cell in a loop do, are walked from
+// the last one on, and leave their gradients of the weights to the one before them. By the edges of the
+// first call goes their sum: the engine would make as many of each as there are calls, and add them up.
 struct RnnLayerBackward : SavingNode {
   enum { kInput, kHx, kW_ih, kW_hh, kBatchSizes, kOut };
 
@@ -335,23 +373,83 @@ struct RnnLayerBackward : SavingNode {
     const std::array<bool, 5> mask = {
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2),
         task_should_compute_output(3), need_b_ih || need_b_hh};
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(6);
-    const Tensor x = unpack(kInput), h0 = unpack(kHx), w_ih = unpack(kW_ih), w_hh = unpack(kW_hh);
-    const auto sizes = if_defined(unpack(kBatchSizes));
-    Tensor out = unpack(kOut);
-    const GivingAway own(how, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
-    if (out.dim() < x.dim()) out = out.unsqueeze(0);  // h_n, of a single step
-    const auto [d_x, d_h, d_w_ih, d_w_hh, d_b] = backward_of_layer(
-        if_defined(grads[0]), if_defined(grads[1]), x, if_defined(h0), w_ih, w_hh, out, sizes,
-        nonlinearity, reverse, mask, own.given);
-    return {d_x, d_h, d_w_ih, d_w_hh, need_b_ih ? d_b : Tensor(),
-            gradient_of_b_hh(d_b, need_b_ih, need_b_hh)};
+    const int task = torch::autograd::get_current_graph_task_id();
+    variable_list d(6);
+    WeightSums sums;  // of the calls after this one
+    if (how == Run::kLast && left_here_.task == task) sums = std::exchange(left_here_, {});
+    RnnLayerBackward* before = nullptr;
+    if (grads[0].defined() || grads[1].defined()) {
+      const Tensor x = unpack(kInput), h0 = unpack(kHx), w_ih = unpack(kW_ih), w_hh = unpack(kW_hh);
+      const auto sizes = if_defined(unpack(kBatchSizes));
+      Tensor out = unpack(kOut);
+      GivingAway own(how, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
+      if (own.only_cpu() && how == Run::kLast) {
+        before = call_before();
+        if (before && at::isReducedFloatingType(x.scalar_type())) {
+          sums.begin_in_float32(mask, w_ih, w_hh);
+        }
+        own.given.d_w_ih = sums.d_w_ih;
+        own.given.d_w_hh = sums.d_w_hh;
+        own.given.d_b = sums.d_b;
+      }
+      if (out.dim() < x.dim()) out = out.unsqueeze(0);  // h_n, of a single step
+      WeightSums rest;  // what was not added to sums that were given
+      std::tie(d[0], d[1], rest.d_w_ih, rest.d_w_hh, rest.d_b) = backward_of_layer(
+          if_defined(grads[0]), if_defined(grads[1]), x, if_defined(h0), w_ih, w_hh, out, sizes,
+          nonlinearity, reverse, mask, own.given);
+      sums.add(rest);
+    }
+    if (before) {
+      sums.task = task;
+      before->take_over(std::move(sums));
+      return d;
+    }
+    d[2] = std::move(sums.d_w_ih);  // the engine makes them of the weights' type
+    d[3] = std::move(sums.d_w_hh);
+    if (need_b_ih) d[4] = sums.d_b;
+    if (need_b_hh && sums.d_b.defined()) d[5] = gradient_of_b_hh(sums.d_b, need_b_ih);
+    return d;
   }
 
   // Of its own: what a hook or a clipping does to one must not reach the other.
-  static Tensor gradient_of_b_hh(const Tensor& d_b, bool need_b_ih, bool need_b_hh) {
-    return !need_b_hh ? Tensor() : need_b_ih ? d_b.clone() : d_b;
+  static Tensor gradient_of_b_hh(const Tensor& d_b, bool need_b_ih) {
+    return need_b_ih ? d_b.clone() : d_b;
   }
+
+ private:
+  // A call that the state this one began with came from, by way of a few other nodes at most: views of it,
+  // a stack of all layers' states, a mask. The engine, which comes to this one for the weights' gradients,
+  // comes to that one too. Only if nobody looks at what either returns.
+  RnnLayerBackward* call_before() const {
+    if (!next_edge(1).is_valid() || !post_hooks().empty() ||
+        torch::autograd::AnomalyMode::is_enabled()) {
+      return nullptr;
+    }
+    std::array<Node*, 8> nodes = {next_edge(1).function.get()};
+    size_t found = 1;
+    for (size_t i = 0; i < found; ++i) {
+      if (auto* call = dynamic_cast<RnnLayerBackward*>(nodes[i])) {
+        if (!has_weights_of(*call)) continue;  // another layer
+        return call->post_hooks().empty() ? call : nullptr;
+      }
+      for (const auto& edge : nodes[i]->next_edges()) {
+        if (edge.is_valid() && found < nodes.size()) nodes[found++] = edge.function.get();
+      }
+    }
+    return nullptr;
+  }
+
+  bool has_weights_of(const RnnLayerBackward& other) const {
+    return std::equal(next_edges().begin() + 2, next_edges().end(), other.next_edges().begin() + 2);
+  }
+
+  void take_over(WeightSums sums) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (left_here_.task == sums.task) sums.add(left_here_);
+    left_here_ = std::move(sums);
+  }
+
+  WeightSums left_here_;
 };
 
 // Both directions' outputs are kept as the one tensor that the layer returned. Each half goes
@@ -409,9 +507,7 @@ struct RnnBidirectionalLayerBackward : SavingNode {
           half(grads[0]), state(grads[1]), x, state(h0), w[2 * direction], w[2 * direction + 1],
           *half(h), sizes, nonlinearity, /*reverse=*/direction == 1, mask, given);
       if (need_b_ih) d[first + 2] = d_b;
-      if (need_b_hh) {
-        d[first + 3] = RnnLayerBackward::gradient_of_b_hh(d_b, need_b_ih, need_b_hh);
-      }
+      if (need_b_hh) d[first + 3] = RnnLayerBackward::gradient_of_b_hh(d_b, need_b_ih);
     }
     if (need_h) d[2] = at::stack(d_h);
     return d;
@@ -621,11 +717,13 @@ TORCH_LIBRARY(rnnfast, m) {
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   // The same, for one that is given (grad_out, grad_h_n, out) to use up: of what is, nothing but the
-  // sizes may be read afterwards.
+  // sizes may be read afterwards. Weights' gradients for which there is a sum are added to that, which is
+  // in float32 where the layer is in 16 bits, and undefined.
   m.def(
       "_rnn_layer_backward_(Tensor(a!)? grad_out, Tensor(b!)? grad_h_n, Tensor input, Tensor? hx, "
       "Tensor w_ih, Tensor w_hh, Tensor(c!) out, Tensor? batch_sizes, str nonlinearity, "
-      "bool reverse, bool[5] output_mask, bool[3] given) "
+      "bool reverse, bool[5] output_mask, bool[3] given, Tensor(d!)? d_w_ih, "
+      "Tensor(e!)? d_w_hh, Tensor(f!)? d_b) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_rnn_layer_backward_reference(Tensor? grad_out, Tensor? grad_h_n, Tensor input, "

@@ -26,9 +26,15 @@ void check_layer_grads(const OptionalTensor& grad_out, const OptionalTensor& gra
                        const OptionalTensor& batch_sizes);
 
 // What a backward may use up of its arguments, as nothing reads it afterwards: a gradient's memory may
-// become dz's, and that of the outputs may be let go of.
+// become dz's, and that of the outputs may be let go of. And sums, in float32 where the layer is in 16
+// bits, that it adds the weights' gradients to, where they are defined, instead of returning them.
 struct Given {
   bool grad_out = false, grad_h_n = false, out = false;
+  at::Tensor d_w_ih, d_w_hh, d_b;
+
+  bool something() const {
+    return grad_out || grad_h_n || out || d_w_ih.defined() || d_w_hh.defined() || d_b.defined();
+  }
 };
 
 // Whether a forward-mode derivative is asked for.

@@ -102,6 +102,21 @@ def one_direction_at_a_time(
     return torch.cat(outs, -1), torch.stack(states)
 
 
+def using_up_nothing(backward: Any) -> Any:
+    """``torch.ops.rnnfast._rnn_layer_backward_`` by a kernel of ``rnn_layer_backward``."""
+
+    def run(*args: Any) -> tuple[Tensor | None, ...]:
+        *arguments, _, d_w_ih, d_w_hh, d_b = args
+        grads = list(backward(*arguments))
+        for i, total in enumerate((d_w_ih, d_w_hh, d_b), 2):
+            if total is not None and grads[i] is not None:
+                total.add_(grads[i])
+                grads[i] = None
+        return tuple(grads)
+
+    return run
+
+
 def choose_between(
     ops: library.Library, key: str, is_ours: IsOurs, forward: Any, backward: Any
 ) -> None:
@@ -125,7 +140,7 @@ def choose_between(
             lambda x, hx, weights, n, *_: (x, weights[1].shape[0], n is not None),
         )
         ops_of_a_layer["_rnn_layer_backward_"] = (
-            lambda *args: backward(*args[:-1]),  # uses up nothing
+            using_up_nothing(backward),
             ops_of_a_layer["rnn_layer_backward"][1],
         )
     for op, (kernel, subject) in ops_of_a_layer.items():

@@ -8,6 +8,8 @@ from helpers import pack, pair
 from torch.nn.utils.rnn import PackedSequence
 from torch.profiler import ProfilerActivity, profile
 
+import rnnfast
+
 B = 32
 TWO = {"num_layers": 2}
 BOTH = {"bidirectional": True}
@@ -93,6 +95,30 @@ def test_nor_do_a_few_steps_in_products_of_bfloat16(compiled, one_thread, steps)
     if not torch.ops.rnnfast._cpu_bfloat16_products():
         pytest.skip("no products of bfloat16 here")
     compare(pair(64, 64, dtype=torch.bfloat16), torch.randn(steps, B, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_nor_does_one_of_a_cell_in_a_loop(compiled, one_thread, rows, size):
+    """nn.RNNCell's graph holds new gradients of the weights beside those that it adds up."""
+    x, grad = torch.randn(20, rows, size), torch.ones(20, rows, size)
+    peaks = []
+    for make in (torch.nn.RNNCell, rnnfast.RNNCell):
+        cell = make(size, size)
+
+        def step(cell=cell):
+            cell.zero_grad()
+            h, states = torch.zeros(rows, size), []
+            for x_t in x:
+                h = cell(x_t, h)
+                states.append(h)
+            torch.stack(states).backward(grad)
+
+        step()
+        peaks.append(median(peak_bytes(step) for _ in range(5)))
+    limit, ours = peaks
+    assert limit > 4 * rows * size * len(x)  # something was seen
+    assert ours <= limit
 
 
 @pytest.mark.parametrize("case", DEEP)

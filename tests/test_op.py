@@ -156,7 +156,9 @@ def test_no_op_is_left_unchecked():
     assert computing == {f"rnnfast::{name}" for name in (*checked, using_up)}
     for schema in schemas:
         aliased = [x.name for x in (*schema.arguments, *schema.returns) if x.alias_info]
-        may = ["grad_out", "grad_h_n", "out"] if schema.name == f"rnnfast::{using_up}" else []
+        may = ["grad_out", "grad_h_n", "out", "d_w_ih", "d_w_hh", "d_b"]
+        if schema.name != f"rnnfast::{using_up}":
+            may = []
         assert aliased == may, schema
 
 
@@ -444,7 +446,7 @@ def test_gradients_of_what_may_be_used_up(case, lies, reverse, dtype):
         for used in itertools.product([False, True], repeat=3):
             copies = [LIES[lies](grad_out) if has_out else None, grads[1].clone(), LIES[lies](out)]
             actual = torch.ops.rnnfast._rnn_layer_backward_(
-                *copies[:2], *operands, copies[2], *call, mask, used
+                *copies[:2], *operands, copies[2], *call, mask, used, None, None, None
             )
             for a, b in zip(actual, expected, strict=True):
                 assert (a is None) == (b is None)
@@ -455,6 +457,45 @@ def test_gradients_of_what_may_be_used_up(case, lies, reverse, dtype):
                     assert error <= 2 * torch.finfo(dtype).eps * b.float().abs().max()
             for copy, value, gone in zip(copies, (*given, out), used, strict=True):
                 assert gone or copy is None or torch.equal(copy, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("case", [*USED_UP, "many rows", "no rows"])
+def test_gradients_that_are_added_to_sums(case, wanted, dtype):
+    """Of the weights, each to its own, or some of them; the others are returned."""
+    sizes = {"many rows": (60, 32, 3, 8, None), "no rows": (4, 0, 3, 8, None)} | USED_UP
+    T, B, I, H, lengths = sizes[case]
+    tensors, batch_sizes = helpers.layer("cpu", dtype, T, B, I, H, lengths)
+    x, h, w_ih, w_hh, _, _ = (t.detach() for t in tensors)
+    out = torch.rand(*x.shape[:-1], H).mul(2).sub(1).to(dtype)
+    arguments = torch.randn(out.shape).to(dtype), torch.randn(B, H).to(dtype), x, h, w_ih, w_hh, out
+    call = *arguments, batch_sizes, "tanh", False
+    expected = torch.ops.rnnfast.rnn_layer_backward(*call, [True] * 5)
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    begun = [
+        torch.randn(g.shape).to(wide) if to_sum else None
+        for g, to_sum in zip(expected[2:], wanted, strict=True)
+    ]
+    sums = [g if g is None else g.clone() for g in begun]
+    backward = torch.ops.rnnfast._rnn_layer_backward_
+    actual = backward(*call, [True] * 5, [False] * 3, *sums)
+    rows = x.shape[:-1].numel()
+    for name, a, e, before, total in zip(
+        ("d_x", "d_h", "d_w_ih", "d_w_hh", "d_b"), actual, expected, [None] * 2 + begun,
+        [None] * 2 + sums, strict=True,
+    ):  # fmt: skip
+        assert (a is None) == (before is not None), name
+        if before is not None:
+            a, e = total.to(wide), e.to(wide) + before
+        if dtype.itemsize == 2 and e.numel():  # dz may be rounded before a product
+            error = (a.float() - e.float()).abs().max()
+            assert error <= 2 * torch.finfo(dtype).eps * e.float().abs().max(), name
+        else:
+            assert_same(a, e, T, I + H + rows, name)
+    bad = [None if g is None else g[:-1] for g in begun]
+    with pytest.raises(RuntimeError, match=r"expected d_w_.*contiguous, of size \[.*got"):
+        backward(*call, [True] * 5, [False] * 3, *bad)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

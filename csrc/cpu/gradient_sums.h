@@ -43,15 +43,16 @@ int64_t parts_of_rows(int64_t rows, int64_t I, int64_t H) {
 template <class T>
 class GradientSums {
  public:
-  // `given`: whether nothing else reads `out`.
   GradientSums(const Steps& steps, const Tensor& input, const OptionalTensor& hx,
-               const Tensor& w_ih, const Tensor& w_hh, const Tensor& out, bool given,
+               const Tensor& w_ih, const Tensor& w_hh, const Tensor& out, const Given& given,
                std::array<bool, 5> output_mask)
       : steps_(steps), input_(input), hx_(hx), w_ih_(w_ih), w_hh_(w_hh), given_out_(out),
-        given_(given), I_(w_ih.size(1)), H_(w_hh.size(0)) {
+        given_(given), I_(w_ih.size(1)), H_(w_hh.size(0)), d_w_ih_(given.d_w_ih),
+        d_w_hh_(given.d_w_hh), d_b_(given.d_b) {
     const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
     need_ = output_mask;
-    by_blocks_ = kInPairs<T> && !worth_wide_sums(steps, I_, H_);
+    const bool begun = d_w_ih_.defined() || d_w_hh_.defined() || d_b_.defined();
+    by_blocks_ = kInPairs<T> && !begun && !worth_wide_sums(steps, I_, H_);
     own_w_ih_ = need_w_ih && worth_own_sums<T>(H_ * I_, !by_blocks_);
     own_w_hh_ = need_w_hh && worth_own_sums<T>(H_ * H_, !by_blocks_);
     if ((own_w_ih_ || own_w_hh_) && !by_blocks_) parts_ = parts_of_rows<T>(steps.rows, I_, H_);
@@ -82,7 +83,7 @@ class GradientSums {
     // In this order d_x takes the memory that the outputs leave, and the weights packed for it are gone
     // before the last sum.
     add_weights(begin, end, z, /*ih=*/false, /*hh=*/true);
-    if (given_) release(given_out_);
+    if (given_.out) release(given_out_);
     add_d_x(begin, end, z);
     add_weights(begin, end, z, /*ih=*/true, /*hh=*/false);
   }
@@ -107,11 +108,14 @@ class GradientSums {
       add_product(d_w_hh_, z_first_, *hx_);
     }
     if (need_w_hh && !d_w_hh_.defined()) d_w_hh_ = zeros({H_, H_}, out_.scalar_type());
-    const auto stored = [&](const Tensor& sum) {  // `to` would cost a small call a dispatch
+    const auto stored = [&](const Tensor& sum, const Tensor& begun) {
+      if (begun.defined()) return Tensor();
+      // `to` would cost a small call a dispatch.
       const bool wide = sum.defined() && sum.scalar_type() != out_.scalar_type();
       return wide ? sum.to(out_.scalar_type()) : sum;
     };
-    return {d_x_, d_h_, stored(d_w_ih_), stored(d_w_hh_), stored(d_b_)};
+    return {d_x_, d_h_, stored(d_w_ih_, given_.d_w_ih), stored(d_w_hh_, given_.d_w_hh),
+            stored(d_b_, given_.d_b)};
   }
 
  private:
@@ -336,7 +340,7 @@ class GradientSums {
   const Tensor& input_;
   const OptionalTensor& hx_;
   const Tensor &w_ih_, &w_hh_, &given_out_;
-  const bool given_;
+  const Given& given_;
   Tensor out_;  // rows of H, evenly spaced
   const int64_t I_, H_;
   std::array<bool, 5> need_;

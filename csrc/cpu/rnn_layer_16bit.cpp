@@ -142,8 +142,8 @@ void widened_product(const Tensor& result, const Tensor& x, const Tensor& w, int
   }
 }
 
-// result = the sum of a^T b over pairs of matrices of as many rows, in float32, all stored in 16
-// bits: a block of the result at a time, over chunks of rows.
+// The sum of a^T b over pairs of matrices of as many rows, stored in 16 bits, in float32: a block of
+// `result` at a time, over chunks of rows; or added to it, if that is in float32.
 using Pairs = std::vector<std::pair<Tensor, Tensor>>;
 void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) {
   const int64_t M = result.size(0), N = result.size(1);
@@ -153,14 +153,15 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
   const int64_t chunk = part_of(rows, spare / (2 * (block + N)));
   const bool own = worth_own_sums<float>(M * N);
   const auto options = result.options().dtype(at::kFloat);
-  const Tensor sum = at::empty({block, N}, options);
+  const bool begun = result.scalar_type() == at::kFloat;
+  const Tensor sum = begun ? result : at::empty({block, N}, options);
   const Tensor wide_a = at::empty({chunk, block}, options), wide_b = at::empty({chunk, N}, options);
   float* a_data = wide_a.mutable_data_ptr<float>();
   float* b_data = wide_b.mutable_data_ptr<float>();
   for (int64_t m0 = 0; m0 < M; m0 += block) {
     const int64_t m = std::min(block, M - m0);
-    Tensor sum_m = sum.narrow(0, 0, m);
-    sum_m.zero_();
+    Tensor sum_m = sum.narrow(0, begun ? m0 : 0, m);
+    if (!begun) sum_m.zero_();
     int64_t filled = 0;
     const auto add = [&] {
       if (own) {
@@ -185,7 +186,7 @@ void widened_outer_sum(const Tensor& result, const Pairs& pairs, int64_t spare) 
       }
     }
     if (filled > 0) add();
-    result.narrow(0, m0, m).copy_(sum_m);
+    if (!begun) result.narrow(0, m0, m).copy_(sum_m);
   }
 }
 
@@ -400,7 +401,7 @@ Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTen
                             const OptionalTensor& grad_h_n, const Tensor& input,
                             const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
                             const Tensor& out, bool relu, std::array<bool, 5> output_mask,
-                            const Tensor& kept) {
+                            const Tensor& kept, const Given& given) {
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
   const Tensor dz = kept.defined() ? kept.view(out.sizes()) : Tensor();
@@ -415,6 +416,9 @@ Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTen
     part.d_b = sums(need_b, {H});
   }
   Wanted& all = wanted[0];
+  if (given.d_w_ih.defined()) all.d_w_ih = given.d_w_ih;
+  if (given.d_w_hh.defined()) all.d_w_hh = given.d_w_hh;
+  if (given.d_b.defined()) all.d_b = given.d_b;
   Tensor d_x = need_x && !kept.defined() ? empty(input.sizes(), stored) : Tensor();
   const Tensor d_h = need_h && hx ? empty(hx->sizes(), stored) : Tensor();
   if (parts == 1) {
@@ -443,12 +447,13 @@ Gradients backward_by_parts(int64_t parts, const Steps& steps, const OptionalTen
       widened_product(d_rows.narrow(0, r, n), kept.narrow(0, r, n), w_ih, spare);
     });
   }
-  const auto total = [&](Tensor Wanted::*sum) {
+  const auto total = [&](Tensor Wanted::*sum, const Tensor& begun) {
     if (!(all.*sum).defined()) return Tensor();
     for (int64_t part = 1; part < parts; ++part) (all.*sum).add_(wanted[part].*sum);
-    return (all.*sum).to(stored);
+    return begun.defined() ? Tensor() : (all.*sum).to(stored);
   };
-  return {d_x, d_h, total(&Wanted::d_w_ih), total(&Wanted::d_w_hh), total(&Wanted::d_b)};
+  return {d_x, d_h, total(&Wanted::d_w_ih, given.d_w_ih), total(&Wanted::d_w_hh, given.d_w_hh),
+          total(&Wanted::d_b, given.d_b)};
 }
 }  // namespace
 
@@ -468,20 +473,20 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& input,
                          const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
                          const Tensor& out, bool relu, std::array<bool, 5> output_mask,
-                         const Tensor& place, Given given) {
+                         const Tensor& place, const Given& given) {
   const auto [need_x, need_h, need_w_ih, need_w_hh, need_b] = output_mask;
   const int64_t I = w_ih.size(1), H = w_hh.size(0), T = steps.walk.seq_len;
   const bool own_sums = worth_own_sums<float>(H * std::max(I, H));
   if (own_sums && few_weights(steps, I, H)) {
     return backward_by_parts(parts_of_batch(steps, I, H), steps, grad_out, grad_h_n, input, hx, w_ih,
                              w_hh, out, relu, output_mask,
-                             given.out && need_x ? place : Tensor());
+                             given.out && need_x ? place : Tensor(), given);
   }
   const int64_t spare = spare_floats(steps, I, H);
   const auto& loop = time_loop<float>();
   const Tensor z = place.defined() ? place : empty({steps.rows, H}, out.scalar_type());
   const Tensor dz = z.view(out.sizes());
-  Tensor d_b;
+  Tensor d_b = given.d_b;
   {
     const Stretches<float> stretches(steps, !steps.walk.reverse, rows_at_a_time(steps, H, spare));
     Space<float> packed(T > 1 ? loop.packed_size(H, H) : 0);
@@ -519,10 +524,10 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
   const bool reverse = steps.walk.reverse;
   const Tensor z_first =
       hx && (need_h || need_w_hh) ? (reverse ? steps.last(dz) : steps.first(dz)) : Tensor();
-  Tensor d_x, d_h, d_w_ih, d_w_hh;
+  Tensor d_x, d_h, d_w_ih = given.d_w_ih, d_w_hh = given.d_w_hh;
   if (need_w_hh) {
     const Tensor h = flat(out);
-    d_w_hh = at::empty({H, H}, dz.options());
+    if (!d_w_hh.defined()) d_w_hh = at::empty({H, H}, dz.options());
     Pairs pairs;
     if (hx) pairs.emplace_back(z_first, *hx);
     steps.for_each_shift(0, T, [&](int64_t at, int64_t before, int64_t n) {
@@ -540,10 +545,15 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
     widened_product(d_h, z_first, w_hh, spare);
   }
   if (need_w_ih) {
-    d_w_ih = at::empty({H, I}, dz.options());
+    if (!d_w_ih.defined()) d_w_ih = at::empty({H, I}, dz.options());
     widened_outer_sum(d_w_ih, {{z, flat(input)}}, spare);
   }
-  return {d_x, d_h, d_w_ih, d_w_hh, need_b ? d_b.to(dz.scalar_type()) : d_b};
+  const auto unless = [](const Tensor& begun, const Tensor& gradient) {
+    return begun.defined() ? Tensor() : gradient;
+  };
+  if (need_b && !given.d_b.defined()) d_b = d_b.to(dz.scalar_type());
+  return {d_x, d_h, unless(given.d_w_ih, d_w_ih), unless(given.d_w_hh, d_w_hh),
+          unless(given.d_b, d_b)};
 }
 
 }  // namespace rnnfast::cpu

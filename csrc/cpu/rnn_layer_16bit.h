@@ -16,6 +16,6 @@ Gradients backward_16bit(const Steps& steps, const OptionalTensor& grad_out,
                          const OptionalTensor& grad_h_n, const Tensor& input,
                          const OptionalTensor& hx, const Tensor& w_ih, const Tensor& w_hh,
                          const Tensor& out, bool relu, std::array<bool, 5> output_mask,
-                         const Tensor& place, Given given);
+                         const Tensor& place, const Given& given);
 
 }  // namespace rnnfast::cpu

@@ -381,7 +381,7 @@ Outputs rnn_bidirectional_layer(const Tensor& input, const OptionalTensor& hx,
 
 // All rows of dz, in the place of a gradient that is given for them, or nothing.
 Tensor place_of_dz(const Steps& steps, const OptionalTensor& grad_out,
-                   const OptionalTensor& grad_h_n, Given given) {
+                   const OptionalTensor& grad_h_n, const Given& given) {
   if (grad_out) return given.grad_out ? writable_rows(*grad_out) : Tensor();
   const bool single = grad_h_n && steps.walk.seq_len == 1;
   return single && given.grad_h_n ? writable_rows(*grad_h_n) : Tensor();
@@ -391,7 +391,7 @@ Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_
                    const Tensor& input, const OptionalTensor& hx, const Tensor& w_ih,
                    const Tensor& w_hh, const Tensor& out, const OptionalTensor& batch_sizes,
                    c10::string_view nonlinearity, bool reverse, std::array<bool, 5> output_mask,
-                   Given given) {
+                   const Given& given) {
   NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   check_layer(input, hx, w_ih, w_hh, {}, {}, batch_sizes, nonlinearity);
   check_layer_grads(grad_out, grad_h_n, input, w_hh, out, batch_sizes);
@@ -400,11 +400,12 @@ Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_
   const Steps steps(input, batch_sizes, reverse);
   const int64_t I = w_ih.size(1), H = w_hh.size(0);
   if (steps.rows == 0) {
-    const auto zeros_if = [&](bool need, at::IntArrayRef size) {
-      return need ? zeros(size, input.scalar_type()) : Tensor();
+    const auto zeros_if = [&](bool need, at::IntArrayRef size, const Tensor& begun = Tensor()) {
+      return need && !begun.defined() ? zeros(size, input.scalar_type()) : Tensor();
     };
-    return {zeros_if(need_x, input.sizes()), zeros_if(need_h, {0, H}), zeros_if(need_w_ih, {H, I}),
-            zeros_if(need_w_hh, {H, H}), zeros_if(need_b, {H})};
+    return {zeros_if(need_x, input.sizes()), zeros_if(need_h, {0, H}),
+            zeros_if(need_w_ih, {H, I}, given.d_w_ih), zeros_if(need_w_hh, {H, H}, given.d_w_hh),
+            zeros_if(need_b, {H}, given.d_b)};
   }
 
   const bool relu = nonlinearity == "relu";
@@ -416,7 +417,7 @@ Gradients backward(const OptionalTensor& grad_out, const OptionalTensor& grad_h_
   }
   const auto run = [&](auto element) {
     using T = decltype(element);
-    GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, given.out, output_mask);
+    GradientSums<T> sums(steps, input, hx, w_ih, w_hh, out, given, output_mask);
     if (worth_steps_of_library<T>(steps, H) && (grad_out || grad_h_n)) {
       const Tensor dz = backward_by_steps(steps, grad_out, grad_h_n, w_hh, out, relu, place);
       if (given.out && steps.walk.seq_len == 1) release(out);
@@ -446,9 +447,21 @@ Gradients rnn_layer_backward_(const OptionalTensor& grad_out, const OptionalTens
                               const Tensor& w_hh, const Tensor& out,
                               const OptionalTensor& batch_sizes, c10::string_view nonlinearity,
                               bool reverse, std::array<bool, 5> output_mask,
-                              std::array<bool, 3> given) {
+                              std::array<bool, 3> given, const OptionalTensor& d_w_ih,
+                              const OptionalTensor& d_w_hh, const OptionalTensor& d_b) {
+  const auto checked = [&](const char* name, const OptionalTensor& sum, at::IntArrayRef sizes) {
+    if (!sum) return Tensor();
+    const auto dtype = is_16bit(input) ? at::kFloat : input.scalar_type();
+    TORCH_CHECK(sum->sizes() == sizes && sum->scalar_type() == dtype && sum->is_contiguous(),
+                "rnnfast: expected ", name, " to be contiguous, of size ", sizes, " and ", dtype,
+                ", got ", sum->sizes(), " of ", sum->scalar_type());
+    return *sum;
+  };
+  const Given used = {given[0], given[1], given[2], checked("d_w_ih", d_w_ih, w_ih.sizes()),
+                      checked("d_w_hh", d_w_hh, w_hh.sizes()),
+                      checked("d_b", d_b, w_hh.sizes().slice(0, 1))};
   return backward(grad_out, grad_h_n, input, hx, w_ih, w_hh, out, batch_sizes, nonlinearity, reverse,
-                  output_mask, {given[0], given[1], given[2]});
+                  output_mask, used);
 }
 
 // tanh as the time loop computes it, for its accuracy to be measured.
