@@ -38,6 +38,11 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
       weights[0].requires_grad() && at::GradMode::is_enabled()) {
     x = x.contiguous();
   }
+  // Of each layer: select() would give each a node of its own, whose gradients are as large as hx.
+  std::vector<Tensor> initial_states;
+  if (hx && !bidirectional) {
+    initial_states = num_layers == 1 ? std::vector<Tensor>{hx->squeeze(0)} : hx->unbind(0);
+  }
   std::vector<Tensor> final;  // states of each layer, [B, H] or [2, B, H]
   final.reserve(num_layers);
   for (int64_t layer = 0; layer < num_layers; ++layer) {
@@ -48,7 +53,7 @@ Outputs rnn(const Tensor& input, const OptionalTensor& hx, at::TensorList weight
       if (hx && num_layers > 1) state = hx->narrow(0, 2 * layer, 2);
       std::tie(x, h_n) = call_rnn_bidirectional_layer(x, state, w, batch_sizes, nonlinearity);
     } else {
-      const auto state = hx ? OptionalTensor(hx->select(0, layer)) : std::nullopt;
+      const auto state = hx ? OptionalTensor(initial_states[layer]) : std::nullopt;
       const auto b_ih = bias ? OptionalTensor(w[2]) : std::nullopt;
       const auto b_hh = bias ? OptionalTensor(w[3]) : std::nullopt;
       std::tie(x, h_n) = call_rnn_layer(x, state, w[0], w[1], b_ih, b_hh, batch_sizes,
