@@ -26,6 +26,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace rnnfast {
 
@@ -376,14 +377,15 @@ struct RnnLayerBackward : SavingNode {
     const int task = torch::autograd::get_current_graph_task_id();
     variable_list d(6);
     WeightSums sums;  // of the calls after this one
-    if (how == Run::kLast && left_here_.task == task) sums = std::exchange(left_here_, {});
+    if (how == Run::kLast) sums = take_what_was_left(task);
+    const bool weights = mask[2] || mask[3] || mask[4];
     RnnLayerBackward* before = nullptr;
     if (grads[0].defined() || grads[1].defined()) {
       const Tensor x = unpack(kInput), h0 = unpack(kHx), w_ih = unpack(kW_ih), w_hh = unpack(kW_hh);
       const auto sizes = if_defined(unpack(kBatchSizes));
       Tensor out = unpack(kOut);
       GivingAway own(how, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
-      if (own.only_cpu() && how == Run::kLast) {
+      if (weights && how == Run::kLast && own.only_cpu()) {
         before = call_before();
         if (before && at::isReducedFloatingType(x.scalar_type())) {
           sums.begin_in_float32(mask, w_ih, w_hh);
@@ -401,7 +403,7 @@ struct RnnLayerBackward : SavingNode {
     }
     if (before) {
       sums.task = task;
-      before->take_over(std::move(sums));
+      before->leave(std::move(sums));
       return d;
     }
     d[2] = std::move(sums.d_w_ih);  // the engine makes them of the weights' type
@@ -443,13 +445,28 @@ struct RnnLayerBackward : SavingNode {
     return std::equal(next_edges().begin() + 2, next_edges().end(), other.next_edges().begin() + 2);
   }
 
-  void take_over(WeightSums sums) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (left_here_.task == sums.task) sums.add(left_here_);
-    left_here_ = std::move(sums);
+  void leave(WeightSums sums) {
+    const std::lock_guard<std::mutex> lock(leaving_);
+    const auto same = [&](const WeightSums& other) { return other.task == sums.task; };
+    const auto place = std::find_if(left_here_.begin(), left_here_.end(), same);
+    place == left_here_.end() ? left_here_.push_back(std::move(sums)) : place->add(sums);
   }
 
-  WeightSums left_here_;
+  WeightSums take_what_was_left(int task) {
+    const std::lock_guard<std::mutex> lock(leaving_);
+    for (auto place = left_here_.begin(); place != left_here_.end(); ++place) {
+      if (place->task != task) continue;
+      WeightSums sums = std::move(*place);
+      left_here_.erase(place);
+      return sums;
+    }
+    return {};
+  }
+
+  // One for each walk that is under way: a hook may begin another within one, which comes to this node
+  // before or while it runs. Of a walk that failed they stay, unused.
+  std::vector<WeightSums> left_here_;
+  std::mutex leaving_;
 };
 
 // Both directions' outputs are kept as the one tensor that the layer returned. Each half goes

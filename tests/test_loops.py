@@ -170,20 +170,81 @@ def _a_hook_changes_weights_gradients(loop):
     return [grad for (grad,) in seen.values()]  # once each
 
 
+def _once(hook):
+    calls = []
+
+    def run(grad):
+        calls.append(grad)
+        return hook(grad) if len(calls) == 1 else None
+
+    return run
+
+
 def _a_hook_fails(loop):
     """What the calls after it had left behind is no part of the next backward."""
-    states, calls = loop.states(), []
+    states = loop.states()
 
-    def fail_once(grad):
-        calls.append(grad)
-        if len(calls) == 1:
-            raise RuntimeError("no room")
+    def fail(_):
+        raise RuntimeError("no room")
 
-    states[3].register_hook(fail_once)
+    states[3].register_hook(_once(fail))
     with pytest.raises(RuntimeError, match="no room"):
         states[-1].sum().backward()
     states[3].square().sum().backward()
     return []
+
+
+def _a_hook_walks_another_part(loop):
+    """Within the backward, to a state at which that has left something."""
+    states = loop.states()
+    other = loop.step(0, states[2]).square().sum()
+    states[2].register_hook(_once(lambda grad: grad + torch.autograd.grad(other, states[2])[0]))
+    states[-1].square().sum().backward()
+    return []
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no room")
+
+
+def _a_walk_within_fails(loop):
+    states, weights = loop.states(), list(loop.module.parameters())
+    other = loop.step(0, _Fails.apply(states[2])).sum()
+
+    def walk(_):
+        with pytest.raises(RuntimeError, match="no room"):
+            torch.autograd.grad(other, weights)
+
+    states[2].register_hook(_once(walk))
+    states[-1].square().sum().backward()
+    return []
+
+
+def _a_hook_of_what_is_saved_walks(loop):
+    """A call's, while its node runs."""
+    seen = []
+
+    def unpack(tensor):
+        if len(seen) == 1:
+            other, h = seen.pop()
+            seen.extend(torch.autograd.grad(other, h))
+            seen.append(None)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        h = loop.step(0, loop.start)
+    seen.append((loop.step(1, h).square().sum(), h))
+    thread = threading.Thread(target=loop.step(2, h).sum().backward, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    return seen[:1]
 
 
 def _it_is_computed_again(loop):
@@ -217,6 +278,7 @@ CASES = {f.__name__[1:].replace("_", " "): f for f in (
     _a_weight_is_used_elsewhere, _a_weight_is_frozen_midway, _weights_are_computed_once,
     _weights_are_computed_at_each_step, _it_is_detached_midway, _states_are_masked,
     _a_hook_changes_a_states_gradient, _a_hook_changes_weights_gradients, _a_hook_fails,
+    _a_hook_walks_another_part, _a_walk_within_fails, _a_hook_of_what_is_saved_walks,
     _it_is_computed_again, _threads_walk_loops_of_their_own, _it_is_looked_at_for_anomalies,
 )}  # fmt: skip
 
