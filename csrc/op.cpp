@@ -351,9 +351,9 @@ struct WeightSums {
     begin(mask[4], d_b, w_hh.sizes().slice(0, 1));
   }
 
-  void add(const WeightSums& other) {
-    const auto add_to = [](Tensor& sum, const Tensor& x) {
-      if (x.defined()) sum = sum.defined() ? sum + x : x;
+  void add(WeightSums other) {
+    const auto add_to = [](Tensor& sum, Tensor& x) {
+      if (x.defined()) sum = sum.defined() ? sum + x : std::move(x);
     };
     add_to(d_w_ih, other.d_w_ih);
     add_to(d_w_hh, other.d_w_hh);
@@ -399,7 +399,7 @@ struct RnnLayerBackward : SavingNode {
       std::tie(d[0], d[1], rest.d_w_ih, rest.d_w_hh, rest.d_b) = backward_of_layer(
           if_defined(grads[0]), if_defined(grads[1]), x, if_defined(h0), w_ih, w_hh, out, sizes,
           nonlinearity, reverse, mask, own.given);
-      sums.add(rest);
+      sums.add(std::move(rest));
     }
     if (before) {
       sums.task = task;
@@ -449,7 +449,7 @@ struct RnnLayerBackward : SavingNode {
     const std::lock_guard<std::mutex> lock(leaving_);
     const auto same = [&](const WeightSums& other) { return other.task == sums.task; };
     const auto place = std::find_if(left_here_.begin(), left_here_.end(), same);
-    place == left_here_.end() ? left_here_.push_back(std::move(sums)) : place->add(sums);
+    place == left_here_.end() ? left_here_.push_back(std::move(sums)) : place->add(std::move(sums));
   }
 
   WeightSums take_what_was_left(int task) {
