@@ -387,6 +387,7 @@ struct RnnLayerBackward : SavingNode {
       GivingAway own(how, grads, out, saved[kOut], {x, h0, w_ih, w_hh});
       if (weights && how == Run::kLast && own.only_cpu()) {
         before = call_before();
+        if (before) sums.add(before->take_what_was_left(task));  // by another call that began there
         if (before && at::isReducedFloatingType(x.scalar_type())) {
           sums.begin_in_float32(mask, w_ih, w_hh);
         }
@@ -427,7 +428,7 @@ struct RnnLayerBackward : SavingNode {
         torch::autograd::AnomalyMode::is_enabled()) {
       return nullptr;
     }
-    std::array<Node*, 8> nodes = {next_edge(1).function.get()};
+    std::array<Node*, 16> nodes = {next_edge(1).function.get()};
     size_t found = 1;
     for (size_t i = 0; i < found; ++i) {
       if (auto* call = dynamic_cast<RnnLayerBackward*>(nodes[i])) {
